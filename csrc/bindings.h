@@ -1,0 +1,139 @@
+// Python's view of the ops that the CPU and CUDA share: one binding, instantiated once for each backend (and a third
+// time by tests/cuda_on_cpu, over the executor). Addresses and streams travel as integers; shapes and dtypes are
+// checked by k25sys.ops before they come here.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <type_traits>
+
+#include "dispatch/api.h"
+#include "plan_dispatch/api.h"
+#include "route_tokens/api.h"
+#include "swiglu/api.h"
+
+namespace k25 {
+
+namespace py = pybind11;
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Where is int (number of threads) on the CPU and Stream on CUDA.
+template <class Where>
+struct OpTable {
+  void (*route_tokens)(const RouteTokens&, Where);
+  void (*route_tokens_backward)(const RouteTokensBackward&, Where);
+  void (*plan_dispatch)(const PlanDispatch&, Where);
+  void (*dispatch)(const Dispatch&, Where);
+  void (*combine)(const Combine&, Where);
+  void (*combine_backward)(const CombineBackward&, Where);
+  void (*swiglu)(const Swiglu&, Where);
+  void (*swiglu_backward)(const SwigluBackward&, Where);
+};
+
+// How Python passes Where: a count of threads, or the stream's address.
+template <class Where>
+using WhereArgument = std::conditional_t<std::is_pointer_v<Where>, Address, int>;
+
+template <class Where>
+Where to_where(WhereArgument<Where> argument) {
+  if constexpr (std::is_pointer_v<Where>) {
+    return at<std::remove_pointer_t<Where>>(argument);
+  } else {
+    return argument;
+  }
+}
+
+template <class Where>
+void bind_routing(py::module_& module, const OpTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "route_tokens",
+      [run = ops.route_tokens](Address logits, Address bias, Address weights, Address experts, int dtype,
+                               int64_t num_tokens, int64_t num_experts, int top_k, double scale, W where) {
+        run({at<void>(logits), at<float>(bias), at<void>(weights), at<int32_t>(experts), DType(dtype), num_tokens,
+             num_experts, top_k, scale},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "route_tokens_backward",
+      [run = ops.route_tokens_backward](Address grad_weights, Address logits, Address experts, Address grad_logits,
+                                        int dtype, int64_t num_tokens, int64_t num_experts, int top_k, double scale,
+                                        W where) {
+        run({at<void>(grad_weights), at<void>(logits), at<int32_t>(experts), at<void>(grad_logits), DType(dtype),
+             num_tokens, num_experts, top_k, scale},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "plan_dispatch",
+      [run = ops.plan_dispatch](Address experts, bool experts_are_int64, int64_t num_tokens, int64_t num_experts,
+                                int top_k, Address tokens_per_expert, Address offsets, Address slot_of_row,
+                                Address row_of_slot, Address workspace, W where) {
+        run({at<void>(experts), experts_are_int64, num_tokens, num_experts, top_k, at<int32_t>(tokens_per_expert),
+             at<int32_t>(offsets), at<int32_t>(slot_of_row), at<int32_t>(row_of_slot), at<int32_t>(workspace)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
+template <class Where>
+void bind_rows(py::module_& module, const OpTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "dispatch",
+      [run = ops.dispatch](Address x, Address slot_of_row, Address rows, int64_t num_tokens, int64_t num_rows,
+                           int64_t dim, int top_k, int dtype, W where) {
+        run({at<void>(x), at<int32_t>(slot_of_row), at<void>(rows), num_tokens, num_rows, dim, top_k, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "combine",
+      [run = ops.combine](Address rows, Address weights, Address row_of_slot, Address out, int64_t num_tokens,
+                          int64_t num_rows, int64_t dim, int top_k, int dtype, W where) {
+        run({at<void>(rows), at<void>(weights), at<int32_t>(row_of_slot), at<void>(out), num_tokens, num_rows, dim,
+             top_k, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "combine_backward",
+      [run = ops.combine_backward](Address grad_out, Address rows, Address weights, Address slot_of_row,
+                                   Address grad_rows, Address grad_weights, int64_t num_tokens, int64_t num_rows,
+                                   int64_t dim, int top_k, int dtype, W where) {
+        run({at<void>(grad_out), at<void>(rows), at<void>(weights), at<int32_t>(slot_of_row), at<void>(grad_rows),
+             at<void>(grad_weights), num_tokens, num_rows, dim, top_k, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "swiglu",
+      [run = ops.swiglu](Address gate_up, Address act, int64_t num_rows, int64_t width, int dtype, W where) {
+        run({at<void>(gate_up), at<void>(act), num_rows, width, DType(dtype)}, to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "swiglu_backward",
+      [run = ops.swiglu_backward](Address grad_act, Address gate_up, Address grad_gate_up, int64_t num_rows,
+                                  int64_t width, int dtype, W where) {
+        run({at<void>(grad_act), at<void>(gate_up), at<void>(grad_gate_up), num_rows, width, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
+template <class Where>
+void bind_ops(py::module_& module, const OpTable<Where>& ops) {
+  bind_routing(module, ops);
+  bind_rows(module, ops);
+}
+
+}  // namespace k25

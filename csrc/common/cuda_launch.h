@@ -1,0 +1,28 @@
+// The only place that says how a kernel is started. Under nvcc it is <<<>>>; the executor of tests/cuda_on_cpu
+// compiles the same .cu files with g++ and supplies its own K25_LAUNCH.
+#pragma once
+#include "common/types.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace k25::cuda {
+inline void check_launch(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(kernel) + ": launch failed: " + cudaGetErrorString(status));
+  }
+}
+}  // namespace k25::cuda
+
+#define K25_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                       \
+  do {                                                                                                   \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);         \
+    ::k25::cuda::check_launch(#kernel);                                                                  \
+  } while (0)
+#else
+#include "cuda_on_cpu.h"
+#endif

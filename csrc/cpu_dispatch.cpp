@@ -1,0 +1,214 @@
+// The ops as callers see them: what must hold of the data is checked here, then the current instruction set's kernel runs.
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include <sys/mman.h>
+
+#include "common/cpu/isa_functions.h"
+#include "common/machine.h"
+#include "common/threads.h"
+#include "plan_dispatch/api.h"
+
+#if defined(__x86_64__)
+#define K25_RUN(function, ...)                                                  \
+  switch (current_isa()) {                                                      \
+    case Isa::avx2: return avx2::function(__VA_ARGS__);                         \
+    case Isa::avx512: return avx512::function(__VA_ARGS__);                     \
+    case Isa::avx512_bf16: return avx512_bf16::function(__VA_ARGS__);           \
+    case Isa::emulated_bf16: return emulated_bf16::function(__VA_ARGS__);       \
+    default: return portable::function(__VA_ARGS__);                            \
+  }
+#else
+#define K25_RUN(function, ...) return portable::function(__VA_ARGS__)
+#endif
+
+namespace k25::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "emulated_bf16"};
+
+bool runs_here(Isa isa) {
+  if (isa == Isa::portable) return true;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == Isa::avx2 || isa == Isa::emulated_bf16) return avx2;
+  if (isa == Isa::avx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+Isa parse_isa(const std::string& name) {
+  if (name == "auto") return available_isas().back();
+  for (int i = 0; i < 5; ++i) {
+    if (name == kNames[i] && runs_here(Isa(i))) return Isa(i);
+  }
+  std::string message = "K25_CPU_ISA: asked for '" + name + "'; this machine accepts auto";
+  for (const Isa isa : available_isas()) message += std::string(", ") + name_of(isa);
+  throw std::invalid_argument(message);
+}
+
+std::atomic<int>& chosen_isa() {
+  static std::atomic<int> chosen{[] {
+    const char* wanted = std::getenv("K25_CPU_ISA");
+    return int(parse_isa(wanted && *wanted ? wanted : "auto"));
+  }()};
+  return chosen;
+}
+
+[[noreturn]] void bad_plan(const char* op, const char* table, int64_t index, int64_t got, int64_t limit) {
+  throw std::out_of_range(std::string(op) + ": plan." + table + "[" + std::to_string(index) + "]: got " +
+                          std::to_string(got) + ", accepted 0 <= value < " + std::to_string(limit) +
+                          "; use the plan that plan_dispatch returned for these tokens");
+}
+
+void check_table(const char* op, const char* table, const int32_t* values, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= limit) bad_plan(op, table, i, values[i], limit);
+  }
+}
+
+// A permutation and its inverse, and offsets that rise from 0 to M: then no row is written twice or left out.
+template <class P>
+void check_plan(const char* op, const P& p) {
+  const int64_t num_rows = p.num_tokens * p.top_k;
+  check_table(op, "slot_of_row", p.slot_of_row, num_rows, num_rows);
+  check_table(op, "row_of_slot", p.row_of_slot, num_rows, num_rows);
+  for (int64_t m = 0; m < num_rows; ++m) {
+    if (p.row_of_slot[p.slot_of_row[m]] != m) bad_plan(op, "row_of_slot", p.slot_of_row[m], p.row_of_slot[p.slot_of_row[m]], num_rows);
+  }
+  for (int64_t e = 0; e <= p.num_experts; ++e) {
+    const int64_t least = e == 0 ? 0 : p.offsets[e - 1];
+    const bool last_is_wrong = e == p.num_experts && p.offsets[e] != num_rows;
+    if (p.offsets[e] < least || (e == 0 && p.offsets[0] != 0) || p.offsets[e] > num_rows || last_is_wrong) {
+      bad_plan(op, "offsets", e, p.offsets[e], num_rows + 1);
+    }
+  }
+}
+
+void check_number(bool is_nan, const char* argument, int64_t row, int64_t column) {
+  if (!is_nan) return;
+  const std::string where = row < 0 ? std::to_string(column) : std::to_string(row) + ", " + std::to_string(column);
+  throw std::invalid_argument(std::string("route_tokens: ") + argument + "[" + where +
+                              "]: got NaN, accepted any number; look for the layer that overflowed");
+}
+
+template <class Id>
+void count_and_place(const PlanDispatch& p) {
+  const auto* experts = static_cast<const Id*>(p.experts);
+  const int64_t num_slots = p.num_tokens * p.top_k;
+  std::memset(p.tokens_per_expert, 0, size_t(p.num_experts) * 4);
+  for (int64_t slot = 0; slot < num_slots; ++slot) {
+    const Id id = experts[slot];
+    if (id < 0 || int64_t(id) >= p.num_experts) {
+      throw std::out_of_range("plan_dispatch: experts_TK[" + std::to_string(slot / p.top_k) + ", " +
+                              std::to_string(slot % p.top_k) + "]: got " + std::to_string(id) + ", accepted 0 <= id < " +
+                              std::to_string(p.num_experts) + " (num_experts)");
+    }
+    ++p.tokens_per_expert[id];
+  }
+  p.offsets[0] = 0;
+  for (int64_t e = 0; e < p.num_experts; ++e) p.offsets[e + 1] = p.offsets[e] + p.tokens_per_expert[e];
+  for (int64_t slot = 0; slot < num_slots; ++slot) {  // offsets[e] runs ahead, and is put back below
+    const int32_t row = p.offsets[experts[slot]]++;
+    p.slot_of_row[row] = int32_t(slot);
+    p.row_of_slot[slot] = row;
+  }
+  for (int64_t e = 0; e < p.num_experts; ++e) p.offsets[e] -= p.tokens_per_expert[e];
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) { return kNames[int(isa)]; }
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas;
+  for (int i = 0; i < 4; ++i) {
+    if (runs_here(Isa(i))) isas.push_back(Isa(i));
+  }
+  return isas;
+}
+
+Isa current_isa() { return Isa(chosen_isa().load(std::memory_order_relaxed)); }
+void set_isa(const std::string& name) { chosen_isa().store(int(parse_isa(name))); }
+
+void advise_huge_pages(void* address, int64_t bytes) {
+  constexpr uintptr_t page = 4096, huge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(address) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(address) + uintptr_t(bytes)) / page * page;
+  if (bytes >= int64_t(2 * huge)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+namespace {
+double run_peak(DType dtype, double seconds) { K25_RUN(peak_gflops, dtype, seconds); }
+}  // namespace
+double peak_gflops(int dtype, double seconds) { return run_peak(DType(dtype), seconds); }
+
+void route_tokens(const RouteTokens& p, int num_threads) {
+  const auto is_nan = [&](int64_t i) {
+    if (p.dtype == DType::f64) return std::isnan(static_cast<const double*>(p.logits)[i]);
+    if (p.dtype == DType::f32) return std::isnan(static_cast<const float*>(p.logits)[i]);
+    return (static_cast<const uint16_t*>(p.logits)[i] & 0x7fff) > 0x7f80;
+  };
+  for (int64_t e = 0; e < p.num_experts; ++e) check_number(std::isnan(p.bias[e]), "bias_E", -1, e);
+  for (int64_t i = 0; i < p.num_tokens * p.num_experts; ++i) {
+    if (is_nan(i)) check_number(true, "logits_TE", i / p.num_experts, i % p.num_experts);
+  }
+  K25_RUN(route_tokens, p, num_threads);
+}
+
+void route_tokens_backward(const RouteTokensBackward& p, int num_threads) {
+  check_table("route_tokens_backward", "experts", p.experts, p.num_tokens * p.top_k, p.num_experts);
+  K25_RUN(route_tokens_backward, p, num_threads);
+}
+
+void plan_dispatch(const PlanDispatch& p, int) {
+  if (p.experts_are_int64) return count_and_place<int64_t>(p);
+  count_and_place<int32_t>(p);
+}
+
+void dispatch(const Dispatch& p, int num_threads) {
+  check_table("dispatch", "slot_of_row", p.slot_of_row, p.num_rows, p.num_tokens * p.top_k);
+  const int64_t bytes = p.dim * size_of(p.dtype);
+  parallel_ranges(p.num_rows, 64, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      std::memcpy(static_cast<char*>(p.rows) + m * bytes,
+                  static_cast<const char*>(p.x) + p.slot_of_row[m] / p.top_k * bytes, size_t(bytes));
+    }
+  });
+}
+
+void combine(const Combine& p, int num_threads) {
+  check_table("combine", "row_of_slot", p.row_of_slot, p.num_tokens * p.top_k, p.num_rows);
+  K25_RUN(combine, p, num_threads);
+}
+
+void combine_backward(const CombineBackward& p, int num_threads) {
+  check_table("combine_backward", "slot_of_row", p.slot_of_row, p.num_rows, p.num_tokens * p.top_k);
+  K25_RUN(combine_backward, p, num_threads);
+}
+
+void swiglu(const Swiglu& p, int num_threads) { K25_RUN(swiglu, p, num_threads); }
+void swiglu_backward(const SwigluBackward& p, int num_threads) { K25_RUN(swiglu_backward, p, num_threads); }
+
+void expert_mlp(const ExpertMlp& p, int num_threads) {
+  check_plan("expert_mlp", p);
+  K25_RUN(expert_mlp, p, num_threads);
+}
+
+void expert_mlp_backward(const ExpertMlpBackward& p, int num_threads) {
+  check_plan("expert_mlp_backward", p);
+  K25_RUN(expert_mlp_backward, p, num_threads);
+}
+
+int64_t packed_bytes(const PackWeights& p) { K25_RUN(packed_bytes, p); }
+void pack_weights(const PackWeights& p, int num_threads) { K25_RUN(pack_weights, p, num_threads); }
+
+}  // namespace k25::cpu

@@ -1,0 +1,155 @@
+// The two grouped GEMMs of a MoE layer, over the rows that a plan assigns to each expert. Both hand finished tiles to an
+// epilogue: epilogue(first_row, num_rows, panel or columns, tile), the tile in the accumulator's type, kColumns a row.
+#pragma once
+#include "common/threads.h"
+#include "grouped_gemm/pack.h"
+
+namespace k25::cpu::K25_ISA {
+
+constexpr int64_t kPanelBytes = 128 * 1024;    // a block of a packed panel: stays in the second-level cache
+constexpr int64_t kRowsBytes = 512 * 1024;     // packed rows of A
+constexpr int64_t kBlockedRows = 384;          // rows whose partial sums wait while the reduction runs in blocks
+constexpr int64_t kWeightGradColumns = 1024;
+
+template <class Math>
+constexpr int64_t units_per_block() {
+  return kPanelBytes / int64_t(sizeof(typename Math::Unit)) / Tile<Math>::kColumns;
+}
+
+// One stretch of work: an expert and a range of its panels.
+struct PanelTask {
+  int64_t expert, begin, end;
+};
+
+// Splits each expert's panels so that tasks cost about the same. Returns the number of tasks; out may be null.
+static int64_t split_panels(const int32_t* offsets, int64_t num_experts, int64_t num_panels, bool empty_too,
+                            int num_threads, PanelTask* out) {
+  const int64_t total = int64_t(offsets[num_experts]) * num_panels;
+  const int64_t wanted = num_threads <= 1 ? 1 : 24 * int64_t(num_threads);
+  int64_t num_tasks = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int64_t rows = offsets[e + 1] - offsets[e];
+    if (rows == 0 && !empty_too) continue;
+    const int64_t even = rows == 0 ? num_panels : total / (wanted * rows);
+    const int64_t size = num_threads <= 1 ? num_panels : at_least(at_most(even, num_panels), 1);
+    for (int64_t p = 0; p < num_panels; p += size) {
+      if (out) out[num_tasks] = {e, p, at_most(p + size, num_panels)};
+      ++num_tasks;
+    }
+  }
+  return num_tasks;
+}
+
+// c = rows(A) @ B for rows [row_begin, row_end) and panels [task.begin, task.end). pack(to, panel, begin, end) packs
+// elements [begin, end) of the reduction, unless `kept` holds the expert's panels packed already.
+template <class Math, class Pack, class Epilogue>
+void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_begin, int64_t row_end, int64_t depth,
+                          const PanelTask& task, const typename Math::Unit* kept, const Pack& pack,
+                          const Epilogue& epilogue) {
+  using Unit = typename Math::Unit;
+  using Scalar = typename Tile<Math>::Scalar;
+  constexpr int64_t columns = Tile<Math>::kColumns;
+  const int64_t num_units = units_of<Math>(depth);
+  const int64_t block = units_per_block<Math>();
+  const bool blocked = num_units > block;
+  const bool in_place = Math::kReadsRowsInPlace && depth % Math::kElementsPerUnit == 0;
+  int64_t chunk = row_end - row_begin;
+  if (blocked) chunk = at_most(chunk, kBlockedRows);
+  if (!in_place) {
+    const int64_t fits = kRowsBytes / int64_t(sizeof(Unit)) / at_least(num_units, 1) / kTileRows * kTileRows;
+    chunk = at_most(chunk, at_least(fits, 8 * kTileRows));
+  }
+  auto** pointers = static_cast<const Unit**>(thread_scratch(Scratch::pointers, chunk * int64_t(sizeof(Unit*))));
+  auto* partial = static_cast<Scalar*>(
+      thread_scratch(Scratch::partial, (blocked ? chunk : kTileRows) * columns * int64_t(sizeof(Scalar))));
+  auto* panel_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
+  auto* row_space =
+      in_place ? nullptr : static_cast<Unit*>(thread_scratch(Scratch::a_pack, chunk * num_units * int64_t(sizeof(Unit))));
+
+  for (int64_t first = row_begin; first < row_end; first += chunk) {
+    const int64_t rows = at_most(chunk, row_end - first);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (in_place) {
+        pointers[r] = reinterpret_cast<const Unit*>(a[first + r]);
+      } else {
+        pack_row<Math>(row_space + r * num_units, a[first + r], 0, depth);
+        pointers[r] = row_space + r * num_units;
+      }
+    }
+    for (int64_t panel = task.begin; panel < task.end; ++panel) {
+      int64_t done = 0;
+      do {  // once even where depth is 0: the epilogue then sees zeros
+        const int64_t units = at_most(block, num_units - done);
+        const Unit* b = kept ? kept + (panel * num_units + done) * columns : panel_space;
+        if (!kept) {
+          pack(panel_space, panel, done * Math::kElementsPerUnit, at_most((done + units) * Math::kElementsPerUnit, depth));
+        }
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          const int count = int(at_most(kTileRows, rows - r));
+          const Unit* tile_rows[kTileRows];
+          for (int i = 0; i < count; ++i) tile_rows[i] = pointers[r + i] + done;
+          Scalar* c = partial + (blocked ? r * columns : 0);
+          multiply_rows<Math, 1>(count, units, tile_rows, 1, b, c, done > 0);
+          if (done + units == num_units) epilogue(first + r, count, panel, c);
+        }
+        done += units;
+      } while (done < num_units);
+    }
+  }
+}
+
+// A block of one expert's weight gradient: output rows (columns of A) by output columns (columns of B).
+struct WeightGradTask {
+  int64_t expert, row_begin, row_end, column_begin, column_end;
+};
+
+// c = A^T @ B over the rows [begin, end) of both. epilogue(row, num_rows, column, valid columns, tile).
+template <class Math, class Epilogue>
+void multiply_weight_grad(const Rows<typename Math::Element>& a, const Rows<typename Math::Element>& b, int64_t begin,
+                          int64_t end, const WeightGradTask& task, const Epilogue& epilogue) {
+  using Unit = typename Math::Unit;
+  using Scalar = typename Tile<Math>::Scalar;
+  constexpr int lanes = Tile<Math>::kVectorLanes;
+  constexpr int64_t columns = Tile<Math>::kColumns;
+  constexpr int64_t group = 48;  // columns of A packed side by side: a multiple of kTileRows and of every lane count
+  const int64_t depth_block = units_per_block<Math>() * Math::kElementsPerUnit;
+  const int64_t rows = task.row_end - task.row_begin;
+  const int64_t groups = (rows + group - 1) / group;
+  const int64_t panels = (task.column_end - task.column_begin + columns - 1) / columns;
+  const bool blocked = end - begin > depth_block;
+  const int64_t most_units = units_of<Math>(at_most(end - begin, depth_block));
+  auto* a_space = static_cast<Unit*>(
+      thread_scratch(Scratch::a_pack, groups * group * most_units * int64_t(sizeof(Unit))));
+  auto* b_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
+  auto* partial = static_cast<Scalar*>(thread_scratch(
+      Scratch::partial, (blocked ? groups * group * panels : kTileRows) * columns * int64_t(sizeof(Scalar))));
+
+  for (int64_t from = begin; from < end; from += depth_block) {
+    const int64_t to = at_most(from + depth_block, end);
+    const int64_t units = units_of<Math>(to - from);
+    for (int64_t i = 0; i < groups * group; i += lanes) {
+      const int64_t count = at_least(0, at_most(lanes, rows - i));
+      pack_rows<Math>(a_space + i / group * group * units + i % group, group, a, count > 0 ? task.row_begin + i : 0,
+                      count, from, to);
+    }
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t column = task.column_begin + p * columns;
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t count = at_least(0, at_most(lanes, task.column_end - column - v * lanes));
+        pack_rows<Math>(b_space + v * lanes, columns, b, count > 0 ? column + v * lanes : 0, count, from, to);
+      }
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int count = int(at_most(kTileRows, rows - r));
+        const Unit* tile_rows[kTileRows];
+        for (int i = 0; i < count; ++i) tile_rows[i] = a_space + r / group * group * units + r % group + i;
+        Scalar* c = partial + (blocked ? (p * groups * group + r) * columns : 0);
+        multiply_rows<Math, int(group)>(count, units, tile_rows, group, b_space, c, from > begin);
+        if (to == end) {
+          epilogue(task.row_begin + r, count, column, at_most(columns, task.column_end - column), c);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace k25::cpu::K25_ISA

@@ -1,0 +1,124 @@
+// The arithmetic of one GEMM: what a unit of the reduction axis is, and the register tile that multiplies units.
+// A unit is what one broadcast reads: a float, a double, or a pair of bf16 that are neighbours along the reduction.
+#pragma once
+#include "common/cpu/simd.h"
+
+namespace k25::cpu::K25_ISA {
+
+struct F32Math {
+  using Element = float;
+  using Unit = float;
+  using Vector = F32V;
+  static constexpr int kElementsPerUnit = 1;
+  static constexpr bool kReadsRowsInPlace = true;
+  static K25_INLINE Vector multiply_add(Vector sum, Unit a, const Unit* b) { return sum + a * load<Vector>(b); }
+};
+
+struct F64Math {
+  using Element = double;
+  using Unit = double;
+  using Vector = F64V;
+  static constexpr int kElementsPerUnit = 1;
+  static constexpr bool kReadsRowsInPlace = true;
+  static K25_INLINE Vector multiply_add(Vector sum, Unit a, const Unit* b) { return sum + a * load<Vector>(b); }
+};
+
+#if defined(__AVX512BF16__) || defined(K25_EMULATED_BF16)
+// Pairs of bf16 in 32 bits, products summed in f32.
+struct Bf16Math {
+  using Element = Bf16;
+  using Unit = uint32_t;
+  using Vector = F32V;
+  static constexpr int kElementsPerUnit = 2;
+  static constexpr bool kReadsRowsInPlace = true;
+  static K25_INLINE Vector multiply_add(Vector sum, Unit a, const Unit* b) {
+#if defined(__AVX512BF16__)
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)load<U32V>(b), (__m512bh)_mm512_set1_epi32(int(a)));
+#else
+    const U32V pairs = load<U32V>(b);
+    const U32V ones = U32V{} + a;
+    sum += (F32V)(pairs << 16) * (F32V)(ones << 16);
+    return sum + (F32V)(pairs & 0xffff0000u) * (F32V)(ones & 0xffff0000u);
+#endif
+  }
+};
+#else
+// Without a bf16 instruction, bf16 is widened to f32 while it is packed.
+struct Bf16Math {
+  using Element = Bf16;
+  using Unit = float;
+  using Vector = F32V;
+  static constexpr int kElementsPerUnit = 1;
+  static constexpr bool kReadsRowsInPlace = false;
+  static K25_INLINE Vector multiply_add(Vector sum, Unit a, const Unit* b) { return sum + a * load<Vector>(b); }
+};
+#endif
+
+// The tile: kTileRows rows by kTileVectors vectors of columns, sized so that accumulators, one row of B and one
+// broadcast fill the register file (32 registers with AVX-512, 16 before).
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+
+template <class Math>
+struct Tile {
+  using Vector = typename Math::Vector;
+  using Scalar = typename Compute<typename Math::Element>::Scalar;
+  static constexpr int kVectorLanes = sizeof(Vector) / sizeof(Scalar);
+  static constexpr int kColumns = kTileVectors * kVectorLanes;
+};
+
+// c(kRows, kColumns) (+)= a @ b over num_units of the reduction. Row r of A has its units at a[r] + k * step; B holds
+// kColumns units for each k. kStep 0 means `step`, so that the common step of 1 compiles to plain indexing.
+template <class Math, int kRows, int kStep>
+__attribute__((noinline)) void multiply_tile(int64_t num_units, const typename Math::Unit* const* a, int64_t step,
+                                             const typename Math::Unit* b, typename Tile<Math>::Scalar* c,
+                                             bool accumulate) {
+  using Vector = typename Math::Vector;
+  using Unit = typename Math::Unit;
+  constexpr int lanes = Tile<Math>::kVectorLanes;
+  Vector sum[kRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      sum[r][v] = accumulate ? load<Vector>(c + r * Tile<Math>::kColumns + v * lanes) : Vector{};
+    }
+  }
+  const Unit* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  const int64_t stride = kStep ? kStep : step;
+  for (int64_t k = 0, at = 0; k < num_units; ++k, at += stride, b += Tile<Math>::kColumns) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      Unit unit;
+      std::memcpy(&unit, row[r] + at, sizeof(Unit));  // rows of bf16 may start at an odd element
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Math::multiply_add(sum[r][v], unit, b + v * lanes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) store(c + r * Tile<Math>::kColumns + v * lanes, sum[r][v]);
+  }
+}
+
+template <class Math, int kStep>
+void multiply_rows(int num_rows, int64_t num_units, const typename Math::Unit* const* a, int64_t step,
+                   const typename Math::Unit* b, typename Tile<Math>::Scalar* c, bool accumulate) {
+  switch (num_rows) {
+    case 1: return multiply_tile<Math, 1, kStep>(num_units, a, step, b, c, accumulate);
+    case 2: return multiply_tile<Math, 2, kStep>(num_units, a, step, b, c, accumulate);
+    case 3: return multiply_tile<Math, 3, kStep>(num_units, a, step, b, c, accumulate);
+    case 4: return multiply_tile<Math, 4, kStep>(num_units, a, step, b, c, accumulate);
+    case 5: return multiply_tile<Math, 5, kStep>(num_units, a, step, b, c, accumulate);
+    default: return multiply_tile<Math, 6, kStep>(num_units, a, step, b, c, accumulate);
+  }
+}
+
+}  // namespace k25::cpu::K25_ISA

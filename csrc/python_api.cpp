@@ -1,0 +1,88 @@
+// The table of contents of k25sys._C: every native entry point is bound here or in bindings.h.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "common/cpu_isa.h"
+#include "common/machine.h"
+#include "common/threads.h"
+#include "expert_mlp/api.h"
+
+namespace {
+
+using namespace k25;
+
+void bind_expert_mlp(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.def(
+      "expert_mlp",
+      [](Address x, Address gate_up, Address down, Address packed_gate_up, Address packed_down, Address weights,
+         Address offsets, Address slot_of_row, Address row_of_slot, Address gate_up_rows, Address act_rows,
+         Address out_rows, Address out, int64_t num_tokens, int64_t num_experts, int64_t dim, int64_t width, int top_k,
+         int dtype, Address phase_seconds, int num_threads) {
+        cpu::expert_mlp({at<void>(x), at<void>(gate_up), at<void>(down), at<void>(packed_gate_up),
+                         at<void>(packed_down), at<void>(weights), at<int32_t>(offsets), at<int32_t>(slot_of_row),
+                         at<int32_t>(row_of_slot), at<void>(gate_up_rows), at<void>(act_rows), at<void>(out_rows),
+                         at<void>(out), num_tokens, num_experts, dim, width, top_k, DType(dtype),
+                         at<double>(phase_seconds)},
+                        num_threads);
+      },
+      release());
+  module.def(
+      "expert_mlp_backward",
+      [](Address grad_out, Address x, Address gate_up, Address down, Address packed_gate_up, Address packed_down,
+         Address weights, Address offsets, Address slot_of_row, Address row_of_slot, Address gate_up_rows,
+         Address grad_gate_up_rows, Address weighted_act_rows, Address grad_x_rows, Address grad_x,
+         Address grad_gate_up, Address grad_down, Address grad_weights, bool accumulate, int weight_grad_dtype,
+         int64_t num_tokens, int64_t num_experts, int64_t dim, int64_t width, int top_k, int dtype,
+         Address phase_seconds, int num_threads) {
+        cpu::expert_mlp_backward(
+            {at<void>(grad_out), at<void>(x), at<void>(gate_up), at<void>(down), at<void>(packed_gate_up),
+             at<void>(packed_down), at<void>(weights), at<int32_t>(offsets), at<int32_t>(slot_of_row),
+             at<int32_t>(row_of_slot), at<void>(gate_up_rows), at<void>(grad_gate_up_rows),
+             at<void>(weighted_act_rows), at<void>(grad_x_rows), at<void>(grad_x), at<void>(grad_gate_up),
+             at<void>(grad_down), at<void>(grad_weights), accumulate, DType(weight_grad_dtype), num_tokens,
+             num_experts, dim, width, top_k, DType(dtype), at<double>(phase_seconds)},
+            num_threads);
+      },
+      release());
+  module.def("packed_bytes", [](int64_t num_experts, int64_t rows, int64_t cols, int kind, int dtype) {
+    return cpu::packed_bytes({nullptr, nullptr, num_experts, rows, cols, PackKind(kind), DType(dtype)});
+  });
+  module.def(
+      "pack_weights",
+      [](Address weights, Address packed, int64_t num_experts, int64_t rows, int64_t cols, int kind, int dtype,
+         int num_threads) {
+        cpu::pack_weights(
+            {at<void>(weights), at<void>(packed), num_experts, rows, cols, PackKind(kind), DType(dtype)}, num_threads);
+      },
+      release());
+}
+
+void bind_cpu_machine(py::module_& module) {
+  module.def("isa", [] { return std::string(cpu::name_of(cpu::current_isa())); });
+  module.def("set_isa", &cpu::set_isa);
+  module.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const cpu::Isa isa : cpu::available_isas()) names.emplace_back(cpu::name_of(isa));
+    return names;
+  });
+  module.def("thread_runtime", &cpu::thread_runtime);
+  module.def("advise_huge_pages", [](Address address, int64_t bytes) {
+    cpu::advise_huge_pages(at<void>(address), bytes);
+  });
+  module.def("peak_gflops", &cpu::peak_gflops, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.attr("version") = K25_VERSION;
+  module.attr("compiler") = K25_COMPILER;
+
+  py::module_ cpu_module = module.def_submodule("cpu");
+  bind_cpu_machine(cpu_module);
+  bind_ops<int>(cpu_module, {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch,
+                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward});
+  bind_expert_mlp(cpu_module);
+}
