@@ -74,11 +74,21 @@ void bind_cpu_machine(py::module_& module) {
   module.def("peak_gflops", &cpu::peak_gflops, py::call_guard<py::gil_scoped_release>());
 }
 
+py::dict cuda_info() {
+  py::dict info;
+  info["built"] = false;
+  info["reason"] = K25_CUDA_REASON;
+  info["num_devices"] = 0;
+  return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.attr("version") = K25_VERSION;
   module.attr("compiler") = K25_COMPILER;
+
+  module.def("cuda_info", &cuda_info);
 
   py::module_ cpu_module = module.def_submodule("cpu");
   bind_cpu_machine(cpu_module);

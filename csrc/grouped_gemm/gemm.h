@@ -7,13 +7,14 @@
 namespace k25::cpu::K25_ISA {
 
 constexpr int64_t kPanelBytes = 128 * 1024;    // a block of a packed panel: stays in the second-level cache
+constexpr int64_t kMostUnits = 512;            // summed in one chain, so that f32 keeps its last digits
 constexpr int64_t kRowsBytes = 512 * 1024;     // packed rows of A
 constexpr int64_t kBlockedRows = 384;          // rows whose partial sums wait while the reduction runs in blocks
 constexpr int64_t kWeightGradColumns = 1024;
 
 template <class Math>
 constexpr int64_t units_per_block() {
-  return kPanelBytes / int64_t(sizeof(typename Math::Unit)) / Tile<Math>::kColumns;
+  return at_most(kPanelBytes / int64_t(sizeof(typename Math::Unit)) / Tile<Math>::kColumns, kMostUnits);
 }
 
 // One stretch of work: an expert and a range of its panels.

@@ -71,7 +71,8 @@ struct Tile {
   static constexpr int kColumns = kTileVectors * kVectorLanes;
 };
 
-// c(kRows, kColumns) (+)= a @ b over num_units of the reduction. Row r of A has its units at a[r] + k * step; B holds
+// c(kRows, kColumns) (+)= a @ b over num_units of the reduction, summed apart and added to c at the end: a long
+// reduction then loses no more than a short one. Row r of A has its units at a[r] + k * step; B holds
 // kColumns units for each k. kStep 0 means `step`, so that the common step of 1 compiles to plain indexing.
 template <class Math, int kRows, int kStep>
 __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename Math::Unit* const* a, int64_t step,
@@ -79,13 +80,14 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
                                              bool accumulate) {
   using Vector = typename Math::Vector;
   using Unit = typename Math::Unit;
+  using Scalar = typename Tile<Math>::Scalar;
   constexpr int lanes = Tile<Math>::kVectorLanes;
   Vector sum[kRows][kTileVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
-      sum[r][v] = accumulate ? load<Vector>(c + r * Tile<Math>::kColumns + v * lanes) : Vector{};
+      sum[r][v] = Vector{};
     }
   }
   const Unit* row[kRows];
@@ -104,7 +106,10 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) store(c + r * Tile<Math>::kColumns + v * lanes, sum[r][v]);
+    for (int v = 0; v < kTileVectors; ++v) {
+      Scalar* to = c + r * Tile<Math>::kColumns + v * lanes;
+      store(to, accumulate ? load<Vector>(to) + sum[r][v] : sum[r][v]);
+    }
   }
 }
 

@@ -1,0 +1,134 @@
+"""`python -m k25sys doctor`: is this machine fit, was everything built, does every op agree with its reference?"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from k25sys import build_info
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """The outcome of one check: a line of the report."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def run_doctor() -> int:
+    """Prints one line a check, each failure with its fix. Returns 0 when all passed, else 1."""
+    failures = 0
+    for check in _checks():
+        print(
+            f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}"
+            + (f"; fix: {check.fix}" if not check.ok else "")
+        )
+        failures += not check.ok
+    print("all checks passed" if not failures else f"{failures} checks failed")
+    return 1 if failures else 0
+
+
+def _checks() -> Iterator[Check]:
+    version = platform.python_version()
+    yield Check(name="python", ok=sys.version_info >= (3, 10), detail=version, fix="install Python 3.10 or newer")
+    try:
+        import numpy
+        import torch
+
+        yield Check(name="torch", ok=True, detail=f"{torch.__version__}, numpy {numpy.__version__}")
+    except ImportError as error:
+        yield Check(name="torch", ok=False, detail=str(error), fix="pip install torch numpy")
+        return
+    try:
+        info = build_info()
+    except ValueError as error:  # K25_CPU_ISA names what this machine cannot run
+        yield Check(name="extension", ok=False, detail=str(error), fix="unset K25_CPU_ISA or set it to auto")
+        return
+    cpu, cuda = info["cpu"], info["cuda"]
+    if not cpu["built"]:
+        yield Check(name="extension", ok=False, detail=cpu["reason"], fix="pip install -e . in the repository")
+        return
+    yield Check(name="extension", ok=True, detail=f"k25sys._C {info['version']}, {cpu['compiler']}")
+    yield Check(name="cpu kernels", ok=True, detail=f"{cpu['isa']} of {', '.join(cpu['available_isas'])}")
+    yield Check(
+        name="threads",
+        ok=cpu["threads"] == "openmp",
+        detail=f"{cpu['threads']}, {torch.get_num_threads()} of {os.cpu_count()} cores",
+        fix="import torch before k25sys._C, so that both share one OpenMP runtime",
+    )
+    built = f"built, {cuda['num_devices']} devices" if cuda["built"] else f"not built ({cuda['reason']})"
+    yield Check(name="cuda kernels", ok=True, detail=built)
+    for name, self_test in _self_tests().items():
+        try:
+            error, limit = self_test()
+        except Exception as fault:  # a broken installation may fail in any way: it is reported, never a traceback
+            yield Check(name=name, ok=False, detail=f"{type(fault).__name__}: {fault}", fix="pip install -e . again")
+            continue
+        detail = f"largest error against the reference {error:.1e} (limit {limit:.0e})"
+        yield Check(
+            name=name, ok=error <= limit, detail=detail, fix="pip install -e . again; K25_CPU_ISA=portable avoids it"
+        )
+
+
+def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
+    import torch
+    from torch import Tensor
+
+    from k25sys import ops
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    def compare(
+        limit: float, ours: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor
+    ) -> tuple[float, float]:
+        """Largest difference of values and gradients, relative to the largest value."""
+        worst = 0.0
+        results = []
+        for function in (ours, reference):
+            value = function(*inputs)
+            upstream = torch.arange(value.numel()).sin().view_as(value)
+            results.append([value.detach(), *torch.autograd.grad(value, inputs, upstream)])
+        for a, b in zip(*results, strict=True):
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-20)))
+        return worst, limit
+
+    def plans() -> tuple[float, float]:
+        pairs = zip(plan, ops.reference_plan_dispatch(experts_TK, 5), strict=True)
+        equal = [torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs]
+        return float(not all(equal)), 0.0
+
+    x_TD, rows_MD = normal(23, 40), normal(69, 40)
+    logits_TE, bias_E = normal(23, 5), normal(5).detach()
+    route = {"top_k": 3, "scale": 2.5}
+    weights_TK, experts_TK = ops.reference_route_tokens(logits_TE.detach(), bias_E, **route)
+    weights_TK.requires_grad_()
+    plan = ops.plan_dispatch(experts_TK, 5)
+    return {
+        "route_tokens": lambda: compare(
+            1e-5,
+            lambda z: ops.route_tokens(z, bias_E, **route)[0],
+            lambda z: ops.reference_route_tokens(z, bias_E, **route)[0],
+            logits_TE,
+        ),
+        "plan_dispatch": plans,
+        "dispatch": lambda: compare(
+            1e-6, lambda x: ops.dispatch(x, plan), lambda x: ops.reference_dispatch(x, plan), x_TD
+        ),
+        "combine": lambda: compare(
+            1e-5, lambda y, w: ops.combine(y, w, plan), lambda y, w: ops.reference_combine(y, w, plan), rows_MD, weights_TK
+        ),
+        "swiglu": lambda: compare(1e-5, ops.swiglu, ops.reference_swiglu, rows_MD),
+        "expert_mlp": lambda: compare(
+            1e-5,
+            lambda *t: ops.expert_mlp(*t, experts_TK),
+            lambda *t: ops.reference_expert_mlp(*t, experts_TK),
+            x_TD, normal(5, 48, 40), normal(5, 40, 24), weights_TK,
+        ),
+    }  # fmt: skip

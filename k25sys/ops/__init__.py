@@ -1,0 +1,32 @@
+"""The ops of k25sys. Each has four faces that agree: `reference_*` in plain torch, the CPU kernel, the CUDA kernel run on
+the CPU by tests/cuda_on_cpu, and the CUDA kernel on a device.
+
+Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows.
+"""
+
+from k25sys.ops import backends
+from k25sys.ops.combine import combine, reference_combine
+from k25sys.ops.dispatch import dispatch, reference_dispatch
+from k25sys.ops.experts import expert_mlp, reference_expert_mlp
+from k25sys.ops.packed_experts import PackedExperts
+from k25sys.ops.plan_dispatch import DispatchPlan, plan_dispatch, reference_plan_dispatch
+from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
+from k25sys.ops.swiglu import reference_swiglu, swiglu
+
+__all__ = [
+    "DispatchPlan",
+    "PackedExperts",
+    "backends",
+    "combine",
+    "dispatch",
+    "expert_mlp",
+    "plan_dispatch",
+    "reference_combine",
+    "reference_dispatch",
+    "reference_expert_mlp",
+    "reference_plan_dispatch",
+    "reference_route_tokens",
+    "reference_swiglu",
+    "route_tokens",
+    "swiglu",
+]
