@@ -122,13 +122,16 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
             1e-6, lambda x: ops.dispatch(x, plan), lambda x: ops.reference_dispatch(x, plan), x_TD
         ),
         "combine": lambda: compare(
-            1e-5, lambda y, w: ops.combine(y, w, plan), lambda y, w: ops.reference_combine(y, w, plan), rows_MD, weights_TK
+            1e-5,
+            lambda y, w: ops.combine(y, w, plan),
+            lambda y, w: ops.reference_combine(y, w, plan),
+            rows_MD, weights_TK,
         ),
         "swiglu": lambda: compare(1e-5, ops.swiglu, ops.reference_swiglu, rows_MD),
         "expert_mlp": lambda: compare(
             1e-5,
-            lambda *t: ops.expert_mlp(*t, experts_TK),
-            lambda *t: ops.reference_expert_mlp(*t, experts_TK),
+            lambda x, g, d, w: ops.expert_mlp(x, g, d, w, experts_TK),
+            lambda x, g, d, w: ops.reference_expert_mlp(x, g, d, w, experts_TK),
             x_TD, normal(5, 48, 40), normal(5, 40, 24), weights_TK,
         ),
     }  # fmt: skip

@@ -1,5 +1,5 @@
-"""The ops of k25sys. Each has four faces that agree: `reference_*` in plain torch, the CPU kernel, the CUDA kernel run on
-the CPU by tests/cuda_on_cpu, and the CUDA kernel on a device.
+"""The ops of k25sys. Each has faces that agree: `reference_*` in plain torch, the CPU kernel, and the CUDA
+kernel, which tests/cuda_on_cpu also runs without a device.
 
 Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows.
 """

@@ -17,6 +17,7 @@ from k25sys.errors import (
     message,
 )
 
+PLAN_HINT = "make the plan with plan_dispatch for these tokens"
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
 MAX_ROWS = 2**31 - 1  # rows are numbered in int32
@@ -28,17 +29,23 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _wrong_shape(op: str, argument: str, value: Tensor, shape: Sequence[int | None], axes: str) -> NoReturn:
+def _wrong_shape(op: str, argument: str, value: Tensor, shape: Sequence[int | None], axes: str, hint: str) -> NoReturn:
     want = ", ".join(f"{axis}={size}" if size is not None else axis for axis, size in zip(axes, shape, strict=True))
-    raise ShapeError(message(op, argument, f"shape {tuple(value.shape)}", f"({want})"))
+    raise ShapeError(message(op, argument, f"shape {tuple(value.shape)}", f"({want})", hint))
 
 
 def tensor(
-    op: str, argument: str, value: Any, dtypes: Sequence[torch.dtype], shape: Sequence[int | None], axes: str
+    op: str,
+    argument: str,
+    value: Any,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | None],
+    axes: str,
+    hint: str = "",
 ) -> None:
     """Raises unless `value` is a dense tensor of one of `dtypes` whose sizes equal `shape` (None is any size).
 
-    `axes` has one letter an axis, for the message.
+    `axes` has one letter an axis; it and `hint` (what to do about a wrong shape) are for the message.
     """
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(message(op, argument, type(value).__name__, "a torch.Tensor"))
@@ -46,14 +53,15 @@ def tensor(
         raise DTypeError(message(op, argument, f"dtype {value.dtype}", _names(dtypes), "convert it with .to(dtype)"))
     if value.layout is not torch.strided:
         raise LayoutError(message(op, argument, str(value.layout), "a dense tensor", "convert it with .to_dense()"))
-    if value.dim() != len(shape):
-        _wrong_shape(op, argument, value, shape, axes)
-    for size, want in zip(value.shape, shape, strict=True):
-        if want is not None and size != want:
-            _wrong_shape(op, argument, value, shape, axes)
+    sizes = value.shape
+    if len(sizes) != len(shape):
+        _wrong_shape(op, argument, value, shape, axes, hint)
+    for i, want in enumerate(shape):
+        if want is not None and sizes[i] != want:
+            _wrong_shape(op, argument, value, shape, axes, hint)
 
 
-def same_device(op: str, first: str, value: Tensor, **others: Tensor | None) -> None:
+def same_device(op: str, first: str, value: Tensor, others: dict[str, Tensor | None]) -> None:
     """Raises unless every tensor lies on the device of `value` and that device has kernels (or is meta)."""
     device = value.device
     if device.type not in ("cpu", "cuda", "meta"):

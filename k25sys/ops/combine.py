@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k25sys.errors import ArgumentTypeError, message
 from k25sys.ops import checks, native
 from k25sys.ops.plan_dispatch import DispatchPlan, check_plan
 
@@ -33,22 +34,23 @@ def combine(y_MD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         TypeError, ValueError: a wrong dtype, shape or device. IndexError: on the CPU, a bad plan entry.
     """
     check_plan("combine", plan)
-    checks.tensor("combine", "y_MD", y_MD, checks.FLOATS, (plan.slot_of_row_M.shape[0], None), "MD")
-    dtype = checks.routing_dtype(y_MD.dtype)
-    checks.tensor("combine", "weights_TK", weights_TK, (dtype,), plan.row_of_slot_TK.shape, "TK")
+    if weights_TK is None:
+        raise ArgumentTypeError(message("combine", "weights_TK", None, "a torch.Tensor"))
     return _OP(y_MD, weights_TK, plan.slot_of_row_M, plan.row_of_slot_TK)
 
 
 def _check(y: Tensor, weights: Tensor | None, slot_of_row: Tensor, row_of_slot: Tensor) -> None:
     op = "combine"
-    checks.tensor(op, "row_of_slot_TK", row_of_slot, checks.INT32, (None, None), "TK")
+    checks.tensor(op, "plan.row_of_slot_TK", row_of_slot, checks.INT32, (None, None), "TK")
     num_tokens, top_k = row_of_slot.shape
-    checks.integer(op, "K (columns of row_of_slot_TK)", top_k, 1, checks.MAX_TOP_K)
-    checks.tensor(op, "slot_of_row_M", slot_of_row, checks.INT32, (num_tokens * top_k,), "M")
-    checks.tensor(op, "y_MD", y, checks.FLOATS, (num_tokens * top_k, None), "MD")
+    checks.integer(op, "K (columns of plan.row_of_slot_TK)", top_k, 1, checks.MAX_TOP_K)
+    checks.tensor(op, "plan.slot_of_row_M", slot_of_row, checks.INT32, (num_tokens * top_k,), "M", checks.PLAN_HINT)
+    checks.tensor(op, "y_MD", y, checks.FLOATS, (num_tokens * top_k, None), "MD", checks.PLAN_HINT)
     if weights is not None:
         checks.tensor(op, "weights_TK", weights, (checks.routing_dtype(y.dtype),), row_of_slot.shape, "TK")
-    checks.same_device(op, "y_MD", y, weights_TK=weights, slot_of_row_M=slot_of_row, row_of_slot_TK=row_of_slot)
+    checks.same_device(
+        op, "y_MD", y, {"weights_TK": weights, "plan.slot_of_row_M": slot_of_row, "plan.row_of_slot_TK": row_of_slot}
+    )
 
 
 def _fake(y: Tensor, weights: Tensor | None, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
@@ -71,13 +73,21 @@ def _kernel(y: Tensor, weights: Tensor | None, slot_of_row: Tensor, row_of_slot:
 
 def _backward_check(grad: Tensor, y: Tensor, weights: Tensor, slot_of_row: Tensor) -> None:
     op = "combine_backward"
-    checks.tensor(op, "y_MD", y, checks.FLOATS, (None, None), "MD")
+    checks.tensor(op, "y_MD", y, checks.FLOATS, (None, None), "MD", checks.PLAN_HINT)
     checks.tensor(op, "weights_TK", weights, (checks.routing_dtype(y.dtype),), (None, None), "TK")
     checks.integer(op, "K (columns of weights_TK)", weights.shape[1], 1, checks.MAX_TOP_K)
     checks.tensor(op, "grad_TD", grad, (y.dtype,), (weights.shape[0], y.shape[1]), "TD")
-    checks.tensor(op, "slot_of_row_M", slot_of_row, checks.INT32, (weights.shape[0] * weights.shape[1],), "M")
-    checks.tensor(op, "y_MD", y, checks.FLOATS, (slot_of_row.shape[0], None), "MD")
-    checks.same_device(op, "y_MD", y, grad_TD=grad, weights_TK=weights, slot_of_row_M=slot_of_row)
+    checks.tensor(
+        op,
+        "plan.slot_of_row_M",
+        slot_of_row,
+        checks.INT32,
+        (weights.shape[0] * weights.shape[1],),
+        "M",
+        checks.PLAN_HINT,
+    )
+    checks.tensor(op, "y_MD", y, checks.FLOATS, (slot_of_row.shape[0], None), "MD", checks.PLAN_HINT)
+    checks.same_device(op, "y_MD", y, {"grad_TD": grad, "weights_TK": weights, "plan.slot_of_row_M": slot_of_row})
 
 
 def _backward_fake(grad: Tensor, y: Tensor, weights: Tensor, slot_of_row: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +111,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weights: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
         ctx.save_for_backward(y, weights, slot_of_row)
-        return native.below_autograd(_OP, y, weights, slot_of_row, row_of_slot)
+        return _OP.below_autograd(y, weights, slot_of_row, row_of_slot)
 
     @staticmethod
     @once_differentiable
@@ -113,7 +123,7 @@ class _UnweightedCombine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
         ctx.save_for_backward(slot_of_row, row_of_slot)
-        return native.below_autograd(_OP, y, None, slot_of_row, row_of_slot)
+        return _OP.below_autograd(y, None, slot_of_row, row_of_slot)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,7 +132,7 @@ class _UnweightedCombine(torch.autograd.Function):
 
 def _autograd(y: Tensor, weights: Tensor | None, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
     if not native.wants_grad(y, weights):
-        return native.below_autograd(_OP, y, weights, slot_of_row, row_of_slot)
+        return _OP.below_autograd(y, weights, slot_of_row, row_of_slot)
     if weights is None:
         return _UnweightedCombine.apply(y, slot_of_row, row_of_slot)
     return _Combine.apply(y, weights, slot_of_row, row_of_slot)

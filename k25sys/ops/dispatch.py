@@ -29,18 +29,17 @@ def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         IndexError: on the CPU, a plan entry outside its table.
     """
     check_plan("dispatch", plan)
-    checks.tensor("dispatch", "x_TD", x_TD, checks.FLOATS, (plan.num_tokens, None), "TD")
     return _OP(x_TD, plan.slot_of_row_M, plan.row_of_slot_TK)
 
 
 def _check(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> None:
     op = "dispatch"
-    checks.tensor(op, "row_of_slot_TK", row_of_slot, checks.INT32, (None, None), "TK")
+    checks.tensor(op, "plan.row_of_slot_TK", row_of_slot, checks.INT32, (None, None), "TK")
     num_tokens, top_k = row_of_slot.shape
-    checks.integer(op, "K (columns of row_of_slot_TK)", top_k, 1, checks.MAX_TOP_K)
-    checks.tensor(op, "x_TD", x, checks.FLOATS, (num_tokens, None), "TD")
-    checks.tensor(op, "slot_of_row_M", slot_of_row, checks.INT32, (num_tokens * top_k,), "M")
-    checks.same_device(op, "x_TD", x, slot_of_row_M=slot_of_row, row_of_slot_TK=row_of_slot)
+    checks.integer(op, "K (columns of plan.row_of_slot_TK)", top_k, 1, checks.MAX_TOP_K)
+    checks.tensor(op, "x_TD", x, checks.FLOATS, (num_tokens, None), "TD", checks.PLAN_HINT)
+    checks.tensor(op, "plan.slot_of_row_M", slot_of_row, checks.INT32, (num_tokens * top_k,), "M", checks.PLAN_HINT)
+    checks.same_device(op, "x_TD", x, {"plan.slot_of_row_M": slot_of_row, "plan.row_of_slot_TK": row_of_slot})
 
 
 def _fake(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
         ctx.save_for_backward(slot_of_row, row_of_slot)
-        return native.below_autograd(_OP, x, slot_of_row, row_of_slot)
+        return _OP.below_autograd(x, slot_of_row, row_of_slot)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,7 +73,7 @@ class _Dispatch(torch.autograd.Function):
 def _autograd(x: Tensor, slot_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
     if native.wants_grad(x):
         return _Dispatch.apply(x, slot_of_row, row_of_slot)
-    return native.below_autograd(_OP, x, slot_of_row, row_of_slot)
+    return _OP.below_autograd(x, slot_of_row, row_of_slot)
 
 
 _OP = native.define(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k25sys.errors import ArgumentValueError, LayoutError, ShapeError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, LayoutError, ShapeError, message
 from k25sys.ops import backends, checks, native
 from k25sys.ops.combine import reference_combine
 from k25sys.ops.dispatch import reference_dispatch
@@ -73,11 +73,15 @@ def expert_mlp(
     _check_tokens_and_weights(op, x_TD, gate_up_EGD, down_EDI, weights_TK)
     num_experts, top_k = gate_up_EGD.shape[0], weights_TK.shape[1]
     if experts_TK is not None:
-        checks.tensor(op, "experts_TK", experts_TK, (torch.int32, torch.int64), weights_TK.shape, "TK")
-        checks.same_device(op, "x_TD", x_TD, experts_TK=experts_TK)
-    if plan is None:
-        plan = plan_dispatch(experts_TK, num_experts)  # refuses None by name
-    check_plan(op, plan)
+        hint = "T and K are those of weights_TK"
+        checks.tensor(op, "experts_TK", experts_TK, (torch.int32, torch.int64), weights_TK.shape, "TK", hint)
+        checks.same_device(op, "x_TD", x_TD, {"experts_TK": experts_TK})
+    if plan is not None:
+        check_plan(op, plan)
+    elif experts_TK is not None:
+        plan = _plan(op, experts_TK, num_experts)
+    else:
+        raise ArgumentTypeError(message(op, "experts_TK", None, "a torch.Tensor, or None beside a plan"))
     for name, want, got in (("num_experts", num_experts, plan.num_experts), ("top_k", top_k, plan.top_k)):
         if want != got:
             raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
@@ -94,19 +98,27 @@ def expert_mlp(
     )[0]  # fmt: skip
 
 
+def _plan(op: str, experts: Tensor, num_experts: int) -> DispatchPlan:
+    try:
+        return plan_dispatch(experts, num_experts)
+    except IndexError as error:
+        raise IndexError(str(error).replace("plan_dispatch", op, 1)) from None
+
+
 def _check_tokens_and_weights(op: str, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> None:
     checks.tensor(op, "x_TD", x, checks.FLOATS, (None, None), "TD")
     checks.tensor(op, "gate_up_EGD", gate_up, (x.dtype,), (None, None, x.shape[1]), "EGD")
     num_experts, gate_up_width, dim = gate_up.shape
+    hint = "E and G = 2I are those of gate_up_EGD, D is that of x_TD"
     checks.integer(op, "E (first size of gate_up_EGD)", num_experts, 1, checks.MAX_EXPERTS)
     if gate_up_width % 2:
         raise ShapeError(message(op, "gate_up_EGD", f"G={gate_up_width}", "an even G: gate rows, then up rows"))
-    checks.tensor(op, "down_EDI", down, (x.dtype,), (num_experts, dim, gate_up_width // 2), "EDI")
+    checks.tensor(op, "down_EDI", down, (x.dtype,), (num_experts, dim, gate_up_width // 2), "EDI", hint)
     dtype = checks.routing_dtype(x.dtype)
     checks.tensor(op, "weights_TK", weights, (dtype,), (x.shape[0], None), "TK")
     checks.integer(op, "K (columns of weights_TK)", weights.shape[1], 1, checks.MAX_TOP_K)
     checks.row_count(op, "weights_TK", *weights.shape)
-    checks.same_device(op, "x_TD", x, gate_up_EGD=gate_up, down_EDI=down, weights_TK=weights)
+    checks.same_device(op, "x_TD", x, {"gate_up_EGD": gate_up, "down_EDI": down, "weights_TK": weights})
 
 
 def _checked_main_grads(
@@ -123,7 +135,7 @@ def _checked_main_grads(
         ("down_main_grad", down_main_grad, down, "EDI"),
     ):
         checks.tensor(op, name, buffer, dtypes, weight.shape, axes)
-        checks.same_device(op, "x_TD", x, **{name: buffer})
+        checks.same_device(op, "x_TD", x, {name: buffer})
         if not buffer.is_contiguous():
             raise LayoutError(message(op, name, f"strides {buffer.stride()}", "a contiguous buffer"))
         if buffer.requires_grad:
@@ -137,10 +149,12 @@ def _check(
     row_of_slot: Tensor,
 ) -> None:  # fmt: skip
     _check_tokens_and_weights(op, x, gate_up, down, weights)
-    checks.tensor(op, "offsets", offsets, checks.INT32, (gate_up.shape[0] + 1,), "N")
-    checks.tensor(op, "row_of_slot_TK", row_of_slot, checks.INT32, weights.shape, "TK")
-    checks.tensor(op, "slot_of_row_M", slot_of_row, checks.INT32, (weights.shape[0] * weights.shape[1],), "M")
-    checks.same_device(op, "x_TD", x, offsets=offsets, slot_of_row_M=slot_of_row, row_of_slot_TK=row_of_slot)
+    checks.tensor(op, "plan.offsets", offsets, checks.INT32, (gate_up.shape[0] + 1,), "N")
+    checks.tensor(op, "plan.row_of_slot_TK", row_of_slot, checks.INT32, weights.shape, "TK")
+    checks.tensor(op, "plan.slot_of_row_M", slot_of_row, checks.INT32, (weights.shape[0] * weights.shape[1],), "M")
+    checks.same_device(
+        op, "x_TD", x, {"plan.offsets": offsets, "plan.slot_of_row_M": slot_of_row, "plan.row_of_slot_TK": row_of_slot}
+    )
 
 
 def _check_packs(op: str, packs: Sequence[Tensor], counts: tuple[int, ...], gate_up: Tensor) -> None:
@@ -203,7 +217,7 @@ def _check_backward(
     checks.tensor(op, "grad_TD", grad, (x.dtype,), x.shape, "TD")
     shape = (slot_of_row.shape[0], gate_up.shape[1])
     checks.tensor(op, "gate_up_rows_MG", gate_up_rows, (x.dtype,), shape, "MG")
-    checks.same_device(op, "x_TD", x, grad_TD=grad, gate_up_rows_MG=gate_up_rows)
+    checks.same_device(op, "x_TD", x, {"grad_TD": grad, "gate_up_rows_MG": gate_up_rows})
 
 
 def _run_backward(
@@ -238,39 +252,36 @@ def _backward_kernel(
     grads = [native.empty(t.shape, t) if need else None for t, need in zip(inputs, needs, strict=True)]
     saved = (grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
     _run_backward(saved, packs, grads, False)
-    return [t.new_empty(0) if g is None else g for t, g in zip(inputs, grads, strict=True)]
+    return [native.or_empty(grad, value) for grad, value in zip(grads, inputs, strict=True)]
 
 
 def _accumulate_fake(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, gate_up_rows: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor, down_main_grad: Tensor,
     needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_backward(grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
-    return [x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape if needs[3] else (0,))]
+    return x.new_empty(x.shape if needs[0] else (0,)), weights.new_empty(weights.shape if needs[3] else (0,))
 
 
 def _accumulate_kernel(
     grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, gate_up_rows: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor, down_main_grad: Tensor,
     needs: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _checked_main_grads("expert_mlp_backward", x, gate_up, down, gate_up_main_grad, down_main_grad)
     grad_x = native.empty(x.shape, x) if needs[0] else None
     grad_weights = native.empty(weights.shape, weights) if needs[3] else None
     main_grads = (gate_up_main_grad if needs[1] else None, down_main_grad if needs[2] else None)
     saved = (grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
     _run_backward(saved, packs, (grad_x, *main_grads, grad_weights), True)
-    return [
-        x.new_empty(0) if grad_x is None else grad_x,
-        weights.new_empty(0) if grad_weights is None else grad_weights,
-    ]
+    return native.or_empty(grad_x, x), native.or_empty(grad_weights, weights)
 
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packs: list[Tensor], main_grads: tuple[Tensor | None, Tensor | None], *inputs: Tensor) -> Any:
-        y, gate_up_rows = native.below_autograd(_OP, *inputs, packs, *main_grads, True)
+        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True)
         ctx.save_for_backward(*inputs, gate_up_rows, *packs[2:])
         ctx.main_grads = main_grads  # not saved tensors: they change between microbatches, and may
         ctx.mark_non_differentiable(gate_up_rows)
@@ -300,7 +311,7 @@ def _autograd(
     )
     if native.wants_grad(x, gate_up, down, weights):
         return _ExpertMlp.apply(packs, main_grads, *inputs)
-    return native.below_autograd(_OP, *inputs, packs, *main_grads, save)
+    return _OP.below_autograd(*inputs, packs, *main_grads, save)
 
 
 _SAVED = (
@@ -318,6 +329,6 @@ _BACKWARD = native.define(
 )  # fmt: skip
 _ACCUMULATE = native.define(
     f"expert_mlp_backward_accumulate(Tensor grad_TD, {_SAVED}, Tensor gate_up_rows_MG, Tensor[] packed, "
-    "Tensor(a!) gate_up_main_grad, Tensor(b!) down_main_grad, bool[] needs) -> Tensor[]",
+    "Tensor(a!) gate_up_main_grad, Tensor(b!) down_main_grad, bool[] needs) -> (Tensor, Tensor)",
     _accumulate_kernel, _accumulate_fake,
 )  # fmt: skip

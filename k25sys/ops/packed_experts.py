@@ -65,7 +65,6 @@ class PackedExperts:
         """Packs anew at the next use, whatever the weights look like."""
         self._state = None
 
-    @torch.compiler.disable
     def tensors(self, gate_up_EGD: Tensor, down_EDI: Tensor) -> list[Tensor]:
         """The packs, made anew if the weights changed. Raises ValueError for weights that are not the packed ones."""
         weights = (gate_up_EGD, down_EDI)

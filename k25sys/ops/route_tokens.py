@@ -41,12 +41,7 @@ def route_tokens(logits_TE: Tensor, bias_E: Tensor, *, top_k: int, scale: float)
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number; on the CPU also a NaN, with its position.
     """
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise ArgumentTypeError(message("route_tokens", "scale", type(scale).__name__, "a float"))
-    checks.tensor("route_tokens", "logits_TE", logits_TE, checks.FLOATS, (None, None), "TE")
-    checks.tensor("route_tokens", "bias_E", bias_E, (torch.float32,), (logits_TE.shape[1],), "E")
-    checks.integer("route_tokens", "top_k", top_k, 1, checks.MAX_TOP_K)
-    return torch.ops.k25.route_tokens.default(logits_TE, bias_E, top_k, float(scale))
+    return _OP(logits_TE, bias_E, top_k, scale)
 
 
 def _check(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> None:
@@ -54,10 +49,12 @@ def _check(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> None:
     checks.tensor(op, "logits_TE", logits, checks.FLOATS, (None, None), "TE")
     num_tokens, num_experts = logits.shape
     checks.integer(op, "E (columns of logits_TE)", num_experts, 1, checks.MAX_EXPERTS)
-    checks.tensor(op, "bias_E", bias, (torch.float32,), (num_experts,), "E")
-    checks.same_device(op, "logits_TE", logits, bias_E=bias)
+    checks.tensor(op, "bias_E", bias, (torch.float32,), (num_experts,), "E", "E is the columns of logits_TE")
+    checks.same_device(op, "logits_TE", logits, {"bias_E": bias})
     checks.integer(op, "top_k", top_k, 1, min(num_experts, checks.MAX_TOP_K))
     checks.row_count(op, "logits_TE", num_tokens, num_experts)
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        raise ArgumentTypeError(message(op, "scale", type(scale).__name__, "a float"))
     if not (math.isfinite(scale) and scale > 0):
         raise ArgumentValueError(message(op, "scale", scale, "a finite number > 0"))
 
@@ -85,7 +82,7 @@ def _backward_fake(grad_weights: Tensor, logits: Tensor, experts: Tensor, scale:
     checks.integer(op, "K (columns of experts_TK)", experts.shape[1], 1, checks.MAX_TOP_K)
     dtype = checks.routing_dtype(logits.dtype)
     checks.tensor(op, "grad_weights_TK", grad_weights, (dtype,), experts.shape, "TK")
-    checks.same_device(op, "logits_TE", logits, grad_weights_TK=grad_weights, experts_TK=experts)
+    checks.same_device(op, "logits_TE", logits, {"grad_weights_TK": grad_weights, "experts_TK": experts})
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -102,7 +99,7 @@ def _backward_kernel(grad_weights: Tensor, logits: Tensor, experts: Tensor, scal
 class _RouteTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
-        weights, experts = native.below_autograd(_OP, logits, bias, top_k, scale)
+        weights, experts = _OP.below_autograd(logits, bias, top_k, scale)
         ctx.save_for_backward(logits, experts)
         ctx.scale = scale
         ctx.mark_non_differentiable(experts)
@@ -117,7 +114,7 @@ class _RouteTokens(torch.autograd.Function):
 def _autograd(logits: Tensor, bias: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
     if native.wants_grad(logits):
         return _RouteTokens.apply(logits, bias, top_k, scale)
-    return native.below_autograd(_OP, logits, bias, top_k, scale)
+    return _OP.below_autograd(logits, bias, top_k, scale)
 
 
 _OP = native.define(

@@ -28,13 +28,13 @@ def swiglu(gate_up_MG: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: a wrong dtype, rank or device, or an odd number of columns.
     """
-    checks.tensor("swiglu", "gate_up_MG", gate_up_MG, checks.FLOATS, (None, None), "MG")
     return _OP(gate_up_MG)
 
 
 def _check(gate_up: Tensor) -> None:
     checks.tensor("swiglu", "gate_up_MG", gate_up, checks.FLOATS, (None, None), "MG")
-    checks.same_device("swiglu", "gate_up_MG", gate_up)
+    checks.same_device("swiglu", "gate_up_MG", gate_up, {})
+    checks.row_count("swiglu", "gate_up_MG", gate_up.shape[0], 1)
     if gate_up.shape[1] % 2:
         raise ShapeError(
             message("swiglu", "gate_up_MG", f"{gate_up.shape[1]} columns", "an even number: gate, then up")
@@ -60,7 +60,7 @@ def _backward_check(grad_act: Tensor, gate_up: Tensor) -> None:
     _check(gate_up)
     shape = (gate_up.shape[0], gate_up.shape[1] // 2)
     checks.tensor("swiglu_backward", "grad_act_MI", grad_act, (gate_up.dtype,), shape, "MI")
-    checks.same_device("swiglu_backward", "gate_up_MG", gate_up, grad_act_MI=grad_act)
+    checks.same_device("swiglu_backward", "gate_up_MG", gate_up, {"grad_act_MI": grad_act})
 
 
 def _backward_fake(grad_act: Tensor, gate_up: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return native.below_autograd(_OP, gate_up)
+        return _OP.below_autograd(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -92,7 +92,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 def _autograd(gate_up: Tensor) -> Tensor:
-    return _Swiglu.apply(gate_up) if native.wants_grad(gate_up) else native.below_autograd(_OP, gate_up)
+    return _Swiglu.apply(gate_up) if native.wants_grad(gate_up) else _OP.below_autograd(gate_up)
 
 
 _OP = native.define("swiglu(Tensor gate_up_MG) -> Tensor", _kernel, _fake, _autograd)

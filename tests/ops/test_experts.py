@@ -1,0 +1,223 @@
+"""expert_mlp against its reference in float64: all instruction sets, shapes, threads, accumulation, packs."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from k25sys import ops
+from k25sys.ops import native
+from tests.ops.generators import LARGE_CASES, MoeCase, first_difference, moe_cases, relative_error, tolerance
+
+ISAS = [*native._C.cpu.available_isas(), "emulated_bf16"]
+NAMES = ("y", "x", "gate_up", "down", "weights")
+SMALL = {"num_tokens": 50, "num_experts": 4, "top_k": 2, "dim": 40, "width": 24, "routing": "uniform", "seed": 5}
+
+
+def run(case: MoeCase, function=ops.expert_mlp, dtype: torch.dtype | None = None, **options) -> list[Tensor]:
+    """Value and gradients of the layer's four differentiable inputs."""
+    t = case.tensors()
+    layer = [value.to(dtype or value.dtype).clone().requires_grad_() for value in t.layer]
+    y = function(*layer, t.experts_TK, **options)
+    return [y.detach(), *torch.autograd.grad(y, layer, t.grad_TD.to(y.dtype))]
+
+
+def check(case: MoeCase, results: list[Tensor]) -> None:
+    exact = run(case, ops.reference_expert_mlp, torch.float64)
+    plain = run(case, ops.reference_expert_mlp)
+    for name, value, reference, torchs in zip(NAMES, results, exact, plain, strict=True):
+        assert torch.isfinite(value).all(), name
+        # A result of a few elements may be the small difference of large numbers: there plain torch loses digits too.
+        limit = max(tolerance(case.dtype), 2 * relative_error(torchs, reference)) if value.numel() < 64 else None
+        error = relative_error(value, reference)
+        assert error <= (limit or tolerance(case.dtype)), (name, error)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40)
+@given(case=moe_cases(max_experts=61))
+def test_expert_mlp(isa: str, case: MoeCase) -> None:
+    native._C.cpu.set_isa(isa)
+    try:
+        results = run(case)
+    finally:
+        native._C.cpu.set_isa("auto")
+    check(case, results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", LARGE_CASES, ids=lambda c: f"{c.num_tokens}-{c.dim}-{c.width}-{c.dtype}")
+def test_expert_mlp_beyond_one_block(isa: str, case: MoeCase) -> None:
+    native._C.cpu.set_isa(isa)
+    try:
+        results = run(case)
+    finally:
+        native._C.cpu.set_isa("auto")
+    check(case, results)
+
+
+@pytest.mark.parametrize("num_experts", [384, 512])
+def test_many_experts(num_experts: int) -> None:
+    case = MoeCase(**{**SMALL, "num_experts": num_experts, "top_k": 16}, dtype=torch.float32)
+    check(case, run(case))
+
+
+def test_a_planted_error_in_one_gradient_is_seen() -> None:
+    case = MoeCase(**SMALL, dtype=torch.float32)
+    results = run(case)
+    results[3] = results[3].clone()
+    results[3][1, 7, 3] += 1e-3
+    with pytest.raises(AssertionError, match="down"):
+        check(case, results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_independent_of_threads(isa: str, dtype: torch.dtype) -> None:
+    case = MoeCase(num_tokens=400, num_experts=5, top_k=2, dim=530, width=90, dtype=dtype, routing="uniform", seed=2)
+    threads = torch.get_num_threads()
+    native._C.cpu.set_isa(isa)
+    try:
+        results = []
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append(run(case))
+    finally:
+        torch.set_num_threads(threads)
+        native._C.cpu.set_isa("auto")
+    for other in results[1:]:
+        assert [first_difference(a, b) for a, b in zip(results[0], other, strict=True)] == [""] * 5
+
+
+@settings(max_examples=25)
+@given(case=moe_cases(max_experts=8, dtypes=(torch.float32, torch.bfloat16)))
+def test_grouped_mm_backend_agrees(case: MoeCase) -> None:
+    if case.num_tokens == 0:
+        return
+    case = MoeCase(**{**case.__dict__, "dim": 8 * (case.dim // 8 + 1), "width": 8 * (case.width // 8 + 1)})
+    results = run(case, backend="torch_grouped_mm")
+    exact = run(case, ops.reference_expert_mlp, torch.float64)
+    for name, value, reference in zip(NAMES, results, exact, strict=True):
+        limit = 1e-5 if case.dtype == torch.float32 else 2**-6  # it rounds more often than the fused kernel
+        assert relative_error(value, reference) <= limit, name
+
+
+@pytest.mark.parametrize("backend", ["native", "torch_grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("buffer_dtype", [None, torch.float32])
+def test_main_grad_is_added_to(backend: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None) -> None:
+    case = MoeCase(**SMALL, dtype=dtype)
+    t = case.tensors()
+    expected = run(case, backend=backend)
+    layer = [value.clone().requires_grad_() for value in t.layer]
+    buffers = [torch.randn(w.shape).to(buffer_dtype or dtype) for w in t.layer[1:3]]
+    before = [buffer.clone() for buffer in buffers]
+    for _ in range(2):
+        y = ops.expert_mlp(
+            *layer, t.experts_TK, gate_up_main_grad=buffers[0], down_main_grad=buffers[1], backend=backend
+        )
+        y.backward(t.grad_TD)
+    assert layer[1].grad is None
+    assert layer[2].grad is None
+    assert layer[0].grad is not None
+    assert relative_error(layer[0].grad, 2 * expected[1].double()) <= tolerance(dtype)
+    for buffer, start, gradient in zip(buffers, before, expected[2:4], strict=True):
+        assert relative_error(buffer, start.double() + 2 * gradient.double()) <= max(tolerance(dtype), 1e-6)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_only_the_wanted_gradients_are_made(needed: tuple[int, ...]) -> None:
+    case = MoeCase(**SMALL, dtype=torch.float32)
+    t = case.tensors()
+    expected = run(case)
+    layer = [value.clone().requires_grad_(i in needed) for i, value in enumerate(t.layer)]
+    ops.expert_mlp(*layer, t.experts_TK).backward(t.grad_TD)
+    for i, value in enumerate(layer):
+        if i not in needed:
+            assert value.grad is None
+        else:
+            assert value.grad is not None
+            assert not first_difference(value.grad, expected[i + 1])
+
+
+def test_plan_in_place_of_experts() -> None:
+    case = MoeCase(**SMALL, dtype=torch.bfloat16)
+    t = case.tensors()
+    plan = ops.plan_dispatch(t.experts_TK, case.num_experts)
+    assert not first_difference(ops.expert_mlp(*t.layer, None, plan=plan), ops.expert_mlp(*t.layer, t.experts_TK))
+
+
+def test_inference_mode_and_no_grad_save_nothing() -> None:
+    case = MoeCase(**SMALL, dtype=torch.float32)
+    t = case.tensors()
+    expected = run(case)[0]
+    layer = [value.clone().requires_grad_() for value in t.layer]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = ops.expert_mlp(*layer, t.experts_TK)
+        assert not y.requires_grad
+        assert not first_difference(y, expected)
+
+
+def test_nan_routing_weights_stay_in_their_tokens() -> None:
+    case = MoeCase(**SMALL, dtype=torch.float32)
+    t = case.tensors()
+    t.weights_TK[7, 1] = float("nan")
+    y = ops.expert_mlp(*t.layer, t.experts_TK)
+    assert y[7].isnan().all()
+    assert torch.isfinite(y[torch.arange(50) != 7]).all()
+
+
+class TestPackedExperts:
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_bitwise_the_same_result(self, isa: str, dtype: torch.dtype) -> None:
+        case = MoeCase(**{**SMALL, "dim": 600, "width": 83}, dtype=dtype)
+        t = case.tensors()
+        native._C.cpu.set_isa(isa)
+        try:
+            layer = [value.clone().requires_grad_() for value in t.layer]
+            packed = ops.PackedExperts(layer[1], layer[2])
+            y = ops.expert_mlp(*layer, t.experts_TK, packed=packed)
+            results = [y.detach(), *torch.autograd.grad(y, layer, t.grad_TD)]
+            expected = run(case)
+        finally:
+            native._C.cpu.set_isa("auto")
+        assert [first_difference(a, b) for a, b in zip(results, expected, strict=True)] == [""] * 5
+
+    @pytest.mark.parametrize("change", ["in_place", "data", "data_ptr", "isa"])
+    def test_made_anew_when_the_weights_change(self, change: str) -> None:
+        case = MoeCase(**SMALL, dtype=torch.bfloat16)
+        t = case.tensors()
+        gate_up = torch.nn.Parameter(t.gate_up_EGD)
+        packed = ops.PackedExperts(gate_up, t.down_EDI, backward=False)
+        try:
+            with torch.no_grad():
+                if change == "in_place":
+                    gate_up[2, 5, 1] = 3.0
+                elif change == "data":
+                    gate_up.data.mul_(2)
+                elif change == "data_ptr":
+                    gate_up.data = gate_up.data * 2
+                else:
+                    native._C.cpu.set_isa("emulated_bf16")
+                inputs = (t.x_TD, gate_up, t.down_EDI, t.weights_TK, t.experts_TK)
+                y = ops.expert_mlp(*inputs, packed=packed)
+                assert not first_difference(y, ops.expert_mlp(*inputs))
+        finally:
+            native._C.cpu.set_isa("auto")
+
+    def test_invalidate(self) -> None:
+        case = MoeCase(**SMALL, dtype=torch.float32)
+        t = case.tensors()
+        packed = ops.PackedExperts(t.gate_up_EGD, t.down_EDI)
+        t.gate_up_EGD.data[0, 0, 1] = 9.0  # one unsampled element through .data: documented as unseen
+        packed.invalidate()
+        y = ops.expert_mlp(*t.layer, t.experts_TK, packed=packed)
+        assert not first_difference(y, ops.expert_mlp(*t.layer, t.experts_TK))
+
+    def test_other_weights_are_refused(self) -> None:
+        t = MoeCase(**SMALL, dtype=torch.float32).tensors()
+        packed = ops.PackedExperts(t.gate_up_EGD, t.down_EDI)
+        with pytest.raises(ValueError, match="expert_mlp: packed: got packs of other weights"):
+            ops.expert_mlp(t.x_TD, t.gate_up_EGD.clone(), t.down_EDI, t.weights_TK, t.experts_TK, packed=packed)
