@@ -5,25 +5,49 @@
 namespace k25::cpu::K25_ISA {
 namespace {
 
+constexpr int kMaxTopK = 16;  // k25sys.ops refuses more
+
 template <class Element>
 struct RowOps {
   using Scalar = typename Compute<Element>::Scalar;
   using Vector = typename Compute<Element>::Vector;
   static constexpr int lanes = sizeof(Vector) / sizeof(Scalar);
 
+  // One token's columns [d, d + width): kAtOnce vectors of sums stay in registers while the token's rows pass by.
+  template <int kAtOnce>
+  static K25_INLINE void combine_columns(const Element* const* row_of, const Scalar* weights, int top_k, int64_t d,
+                                         Element* out) {
+    Vector sums[kAtOnce] = {};
+    for (int k = 0; k < top_k; ++k) {
+      const Element* row = row_of[k] + d;
+#pragma GCC unroll 8
+      for (int v = 0; v < kAtOnce; ++v) {
+        const Vector value = load_compute(row + v * lanes);
+        sums[v] += weights ? value * weights[k] : value;
+      }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < kAtOnce; ++v) store_compute(out + d + v * lanes, sums[v]);
+  }
+
   static void combine(const Combine& p, int num_threads) {
+    constexpr int at_once = 8;
     const auto* rows = static_cast<const Element*>(p.rows);
-    const auto* weights = static_cast<const Scalar*>(p.weights);
     parallel_ranges(p.num_tokens, 8, num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const int32_t* row_of = p.row_of_slot + t * p.top_k;
-        for (int64_t d = 0; d < p.dim; d += lanes) {
-          Vector sum{};
-          for (int k = 0; k < p.top_k; ++k) {
-            const Vector row = load_partial(rows + row_of[k] * p.dim + d, p.dim - d);
-            sum += weights ? row * weights[t * p.top_k + k] : row;
-          }
-          store_partial(static_cast<Element*>(p.out) + t * p.dim + d, sum, p.dim - d);
+        const Element* row_of[kMaxTopK];
+        for (int k = 0; k < p.top_k; ++k) row_of[k] = rows + p.row_of_slot[t * p.top_k + k] * p.dim;
+        const Scalar* weights = p.weights ? static_cast<const Scalar*>(p.weights) + t * p.top_k : nullptr;
+        auto* out = static_cast<Element*>(p.out) + t * p.dim;
+        int64_t d = 0;
+        for (; d + at_once * lanes <= p.dim; d += at_once * lanes) {
+          combine_columns<at_once>(row_of, weights, p.top_k, d, out);
+        }
+        for (; d + lanes <= p.dim; d += lanes) combine_columns<1>(row_of, weights, p.top_k, d, out);
+        for (; d < p.dim; ++d) {
+          Scalar sum = 0;
+          for (int k = 0; k < p.top_k; ++k) sum += load_scalar(row_of[k] + d) * (weights ? weights[k] : Scalar(1));
+          store_scalar(out + d, sum);
         }
       }
     });

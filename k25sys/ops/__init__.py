@@ -8,6 +8,7 @@ from k25sys.ops import backends
 from k25sys.ops.combine import combine, reference_combine
 from k25sys.ops.dispatch import dispatch, reference_dispatch
 from k25sys.ops.experts import expert_mlp, reference_expert_mlp
+from k25sys.ops.measure import peak_flops, record_phases
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, plan_dispatch, reference_plan_dispatch
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
@@ -20,7 +21,9 @@ __all__ = [
     "combine",
     "dispatch",
     "expert_mlp",
+    "peak_flops",
     "plan_dispatch",
+    "record_phases",
     "reference_combine",
     "reference_dispatch",
     "reference_expert_mlp",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, LayoutError, ShapeError, message
-from k25sys.ops import backends, checks, native
+from k25sys.ops import backends, checks, measure, native
 from k25sys.ops.combine import reference_combine
 from k25sys.ops.dispatch import reference_dispatch
 from k25sys.ops.grouped_mm import grouped_mm_expert_mlp
@@ -190,13 +190,14 @@ def _kernel(
     act_rows = native.empty((num_rows, gate_up_width // 2), x)
     out_rows = native.empty((num_rows, dim), x)
     out = native.empty((num_tokens, dim), x)
-    native.cpu_only(op, x.device).expert_mlp(
-        x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), *map(native.address, packs[:2] or (None, None)),
-        weights.data_ptr(), offsets.data_ptr(), slot_of_row.data_ptr(), row_of_slot.data_ptr(),
-        gate_up_rows.data_ptr() if save else 0, act_rows.data_ptr(), out_rows.data_ptr(), out.data_ptr(), num_tokens,
-        num_experts, dim, gate_up_width // 2, weights.shape[1], native.DTYPE_CODES[x.dtype], 0,
-        native.where(x.device),
-    )  # fmt: skip
+    with measure.phase_buffer(measure.FORWARD_PHASES) as seconds:
+        native.cpu_only(op, x.device).expert_mlp(
+            x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), *map(native.address, packs[:2] or (None, None)),
+            weights.data_ptr(), offsets.data_ptr(), slot_of_row.data_ptr(), row_of_slot.data_ptr(),
+            gate_up_rows.data_ptr() if save else 0, act_rows.data_ptr(), out_rows.data_ptr(), out.data_ptr(),
+            num_tokens, num_experts, dim, gate_up_width // 2, weights.shape[1], native.DTYPE_CODES[x.dtype],
+            native.address(seconds), native.where(x.device),
+        )  # fmt: skip
     return out, gate_up_rows
 
 
@@ -234,14 +235,15 @@ def _run_backward(
     down_pack, gate_up_pack = packs or (None, None)
     weight_grad = grads[1] if grads[1] is not None else grads[2]
     weight_grad_dtype = x.dtype if weight_grad is None else weight_grad.dtype
-    native.cpu_only("expert_mlp", x.device).expert_mlp_backward(
-        grad.data_ptr(), x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), native.address(gate_up_pack),
-        native.address(down_pack), weights.data_ptr(), offsets.data_ptr(), slot_of_row.data_ptr(),
-        row_of_slot.data_ptr(), gate_up_rows.data_ptr(), grad_gate_up_rows.data_ptr(), weighted_act_rows.data_ptr(),
-        native.address(grad_x_rows), *(native.address(g) for g in grads), accumulate,
-        native.DTYPE_CODES[weight_grad_dtype], x.shape[0], gate_up.shape[0], dim, width, weights.shape[1],
-        native.DTYPE_CODES[x.dtype], 0, native.where(x.device),
-    )  # fmt: skip
+    with measure.phase_buffer(measure.BACKWARD_PHASES) as seconds:
+        native.cpu_only("expert_mlp", x.device).expert_mlp_backward(
+            grad.data_ptr(), x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), native.address(gate_up_pack),
+            native.address(down_pack), weights.data_ptr(), offsets.data_ptr(), slot_of_row.data_ptr(),
+            row_of_slot.data_ptr(), gate_up_rows.data_ptr(), grad_gate_up_rows.data_ptr(), weighted_act_rows.data_ptr(),
+            native.address(grad_x_rows), *(native.address(g) for g in grads), accumulate,
+            native.DTYPE_CODES[weight_grad_dtype], x.shape[0], gate_up.shape[0], dim, width, weights.shape[1],
+            native.DTYPE_CODES[x.dtype], native.address(seconds), native.where(x.device),
+        )  # fmt: skip
 
 
 def _backward_kernel(

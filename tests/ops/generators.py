@@ -66,6 +66,11 @@ class MoeTensors:
         """The differentiable inputs of expert_mlp."""
         return self.x_TD, self.gate_up_EGD, self.down_EDI, self.weights_TK
 
+    def leaves(self, needed: tuple[int, ...] = (0, 1, 2, 3)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Copies of `layer` of which those at `needed` require gradients."""
+        x, gate_up, down, weights = (v.clone().requires_grad_(i in needed) for i, v in enumerate(self.layer))
+        return x, gate_up, down, weights
+
 
 @st.composite
 def moe_cases(draw: st.DrawFn, max_experts: int = 512, max_dim: int = 96, dtypes: tuple = DTYPES) -> MoeCase:

@@ -109,7 +109,7 @@ def test_main_grad_is_added_to(backend: str, dtype: torch.dtype, buffer_dtype: t
     case = MoeCase(**SMALL, dtype=dtype)
     t = case.tensors()
     expected = run(case, backend=backend)
-    layer = [value.clone().requires_grad_() for value in t.layer]
+    layer = t.leaves()
     buffers = [torch.randn(w.shape).to(buffer_dtype or dtype) for w in t.layer[1:3]]
     before = [buffer.clone() for buffer in buffers]
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_only_the_wanted_gradients_are_made(needed: tuple[int, ...]) -> None:
     case = MoeCase(**SMALL, dtype=torch.float32)
     t = case.tensors()
     expected = run(case)
-    layer = [value.clone().requires_grad_(i in needed) for i, value in enumerate(t.layer)]
+    layer = t.leaves(needed)
     ops.expert_mlp(*layer, t.experts_TK).backward(t.grad_TD)
     for i, value in enumerate(layer):
         if i not in needed:
@@ -151,7 +151,7 @@ def test_inference_mode_and_no_grad_save_nothing() -> None:
     case = MoeCase(**SMALL, dtype=torch.float32)
     t = case.tensors()
     expected = run(case)[0]
-    layer = [value.clone().requires_grad_() for value in t.layer]
+    layer = t.leaves()
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             y = ops.expert_mlp(*layer, t.experts_TK)
@@ -176,7 +176,7 @@ class TestPackedExperts:
         t = case.tensors()
         native._C.cpu.set_isa(isa)
         try:
-            layer = [value.clone().requires_grad_() for value in t.layer]
+            layer = t.leaves()
             packed = ops.PackedExperts(layer[1], layer[2])
             y = ops.expert_mlp(*layer, t.experts_TK, packed=packed)
             results = [y.detach(), *torch.autograd.grad(y, layer, t.grad_TD)]

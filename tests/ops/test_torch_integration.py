@@ -5,30 +5,32 @@ import torch
 from torch import Tensor
 
 from k25sys import ops
-from tests.ops.generators import MoeCase, first_difference
+from tests.ops.generators import MoeCase, MoeTensors, first_difference
 
 CASE = {"num_tokens": 7, "num_experts": 3, "top_k": 2, "dim": 5, "width": 4, "routing": "uniform", "seed": 1}
 
 
-def doubles() -> tuple[list[Tensor], Tensor, ops.DispatchPlan]:
+def double_case() -> tuple[MoeTensors, ops.DispatchPlan]:
     t = MoeCase(**CASE, dtype=torch.float64).tensors()
-    inputs = [t.x_TD, t.gate_up_EGD, t.down_EDI, t.weights_TK, t.rows_MD, t.logits_TE]
-    return [value.requires_grad_() for value in inputs], t.bias_E, ops.plan_dispatch(t.experts_TK, 3)
+    for value in (*t.layer, t.rows_MD, t.logits_TE):
+        value.requires_grad_()
+    return t, ops.plan_dispatch(t.experts_TK, 3)
 
 
 def test_gradcheck() -> None:
-    (x, gate_up, down, weights, rows, logits), bias, plan = doubles()
-    assert torch.autograd.gradcheck(lambda z: ops.route_tokens(z, bias, top_k=2, scale=2.8)[0], (logits,))
-    assert torch.autograd.gradcheck(lambda v: ops.dispatch(v, plan), (x,))
-    assert torch.autograd.gradgradcheck(lambda v: ops.dispatch(v, plan), (x,))
-    assert torch.autograd.gradcheck(lambda y, w: ops.combine(y, w, plan), (rows, weights))
-    assert torch.autograd.gradcheck(ops.swiglu, (gate_up[0].T,))
-    assert torch.autograd.gradcheck(lambda *v: ops.expert_mlp(*v, None, plan=plan), (x, gate_up, down, weights))
+    t, plan = double_case()
+    check = torch.autograd.gradcheck
+    assert check(lambda logits: ops.route_tokens(logits, t.bias_E, top_k=2, scale=2.8)[0], (t.logits_TE,))
+    assert check(lambda x: ops.dispatch(x, plan), (t.x_TD,))
+    assert torch.autograd.gradgradcheck(lambda x: ops.dispatch(x, plan), (t.x_TD,))
+    assert check(lambda y, w: ops.combine(y, w, plan), (t.rows_MD, t.weights_TK))
+    assert check(ops.swiglu, (t.gate_up_EGD[0].T,))
+    assert check(lambda x, gate_up, down, w: ops.expert_mlp(x, gate_up, down, w, None, plan=plan), t.layer)
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:
-    (_, gate_up, *_), _, _ = doubles()
-    (grad,) = torch.autograd.grad(ops.swiglu(gate_up[0].T).square().sum(), gate_up, create_graph=True)
+    t, _ = double_case()
+    (grad,) = torch.autograd.grad(ops.swiglu(t.gate_up_EGD[0].T).square().sum(), t.gate_up_EGD, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -39,7 +41,7 @@ def test_opcheck() -> None:
         plan = ops.plan_dispatch(t.experts_TK, 3)
         k25 = torch.ops.k25
         tables = (plan.slot_of_row_M, plan.row_of_slot_TK)
-        layer = (*(v.clone().requires_grad_() for v in t.layer), plan.offsets, *tables)
+        layer = (*t.leaves(), plan.offsets, *tables)
         saved = (t.grad_TD, *t.layer, plan.offsets, *tables, torch.randn(14, 8).to(dtype), [])
         buffers = (torch.zeros(3, 8, 5), torch.zeros(3, 5, 4))
         gate_up_MG = torch.randn(14, 8).to(dtype)
@@ -77,7 +79,8 @@ def test_compile_fullgraph(backend: str, dynamic: bool) -> None:
         t = MoeCase(**{**CASE, "num_tokens": num_tokens}, dtype=torch.float32).tensors()
         results = []
         for function in (layer_from_logits, compiled):
-            inputs = [v.clone().requires_grad_() for v in (t.x_TD, t.gate_up_EGD, t.down_EDI, t.logits_TE)]
+            x, gate_up, down, _ = t.leaves()
+            inputs = (x, gate_up, down, t.logits_TE.clone().requires_grad_())
             y = function(*inputs, t.bias_E)
             results.append([y.detach(), *torch.autograd.grad(y, inputs, t.grad_TD)])
         for a, b in zip(*results, strict=True):
@@ -121,6 +124,6 @@ def test_backends_are_listed_and_chosen_by_name() -> None:
             assert backend.available == (backend.reason == "")
     with pytest.raises(ValueError, match="expert_mlp: backend: got 'deep_gemm', accepted 'native'"):
         ops.expert_mlp(*t.layer, t.experts_TK, backend="deep_gemm")
-    double = [v.double() for v in t.layer]
+    double = MoeCase(**CASE, dtype=torch.float64).tensors()
     with pytest.raises(ValueError, match="accepted 'native' for float64"):
-        ops.expert_mlp(*double, t.experts_TK, backend="torch_grouped_mm")
+        ops.expert_mlp(*double.layer, t.experts_TK, backend="torch_grouped_mm")

@@ -58,7 +58,13 @@ K25_INLINE U16V narrow(F32V value) {  // round to nearest even; NaN stays NaN
   const U32V bits = (U32V)value;
   const U32V rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U32V quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((U32V)(value != value) ? quiet : rounded, U16V);
+  const U32V words = (U32V)(value != value) ? quiet : rounded;
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(K25_EMULATED_BF16)
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);  // each half of 128 bits twice
+  return (U16V)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(words, U16V);
+#endif
 #endif
 }
 

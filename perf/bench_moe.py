@@ -1,0 +1,320 @@
+"""The main job: forward and backward of the K2.5 MoE layer on real input, against the best public implementations.
+
+python perf/bench_moe.py [--routing real|uniform|zipf] [--text FILE] [--preset cpu|k25] [--json FILE]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from k25sys import ops
+from perf import harness, moe_peers, routing
+from perf.harness import Comparison, alternate
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Sizes of the layer."""
+
+    num_tokens: int
+    dim: int
+    num_experts: int
+    width: int
+    top_k: int
+
+
+PRESETS = {
+    "cpu": Preset(num_tokens=512, dim=1024, num_experts=64, width=512, top_k=8),
+    "k25": Preset(num_tokens=8192, dim=7168, num_experts=384, width=2048, top_k=8),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A layer with the logits that routed it."""
+
+    layer: moe_peers.Layer
+    logits_TE: Tensor
+    plan: ops.DispatchPlan
+
+
+def make_input(preset: Preset, kind: str, text: str, dtype: torch.dtype, device: torch.device) -> Input:
+    """Embeds the text, routes it, and makes weights."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        if device.type == "cuda":
+            return torch.randn(shape, device=device, dtype=dtype) * scale
+        return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+    x_TD = routing.embed(routing.token_ids(text, preset.num_tokens), preset.dim)
+    logits_TE = routing.router_logits(x_TD, preset.num_experts, kind).to(device)
+    bias_E = torch.zeros(preset.num_experts, device=device)
+    weights_TK, experts_TK = ops.route_tokens(logits_TE, bias_E, top_k=preset.top_k, scale=2.827)
+    layer = moe_peers.Layer(
+        x_TD=x_TD.to(device, dtype),
+        gate_up_EGD=normal(preset.num_experts, 2 * preset.width, preset.dim, scale=preset.dim**-0.5),
+        down_EDI=normal(preset.num_experts, preset.dim, preset.width, scale=preset.width**-0.5),
+        weights_TK=weights_TK,
+        experts_TK=experts_TK,
+        grad_TD=normal(preset.num_tokens, preset.dim, scale=1.0),
+    )
+    return Input(layer=layer, logits_TE=logits_TE, plan=ops.plan_dispatch(experts_TK, preset.num_experts))
+
+
+def layer_flops(preset: Preset) -> int:
+    """FLOPs of forward and backward: three GEMMs of 2 M D I each (gate, up, down), three times."""
+    return 18 * preset.num_tokens * preset.top_k * preset.dim * preset.width
+
+
+def layer_bytes(preset: Preset, loaded_experts: int, element: int) -> int:
+    """Bytes that must move at least: weights of loaded experts read twice, gradients written, rows once each way."""
+    per_expert = 3 * preset.dim * preset.width
+    rows = preset.num_tokens * preset.top_k
+    activations = 2 * rows * (2 * preset.dim + 3 * preset.width)
+    return element * (2 * loaded_experts * per_expert + preset.num_experts * per_expert + activations)
+
+
+def bench_experts(name: str, preset: Preset, data: Input, seconds: float, device: torch.device) -> Comparison:
+    """expert_mlp, forward and backward with all gradients, against every peer."""
+    layer = data.layer
+    dtype = layer.x_TD.dtype
+    ours = moe_peers.k25sys(layer)
+    peers, reasons = moe_peers.available(layer)
+    times = alternate({"k25sys": ours, **peers}, seconds=seconds)
+    peaks = {"k25sys": harness.peak_bytes(ours, device)}
+    expected = ours().float()
+    for peer, run in peers.items():
+        results: list[Tensor] = []
+        peaks[peer] = harness.peak_bytes(lambda run=run, results=results: results.append(run()), device)
+        error = float((results[0].float() - expected).norm() / expected.norm())
+        if error > (2e-2 if dtype == torch.bfloat16 else 1e-4):
+            raise SystemExit(f"{name}: {peer} computes something else: relative difference {error:.1e}")
+    with ops.record_phases() as phases:
+        ours()
+    num_threads = torch.get_num_threads()
+    ceiling = None if device.type == "cuda" else ops.peak_flops(dtype, num_threads=num_threads)
+    median = times["k25sys"].median
+    fields: dict[str, Any] = {
+        "allocator": harness.allocator(),
+        "flops": layer_flops(preset),
+        "bytes": layer_bytes(preset, int((data.plan.tokens_per_expert_E > 0).sum()), layer.x_TD.element_size()),
+        "ceiling_flops_per_second": ceiling,
+        "ceiling_share": None if ceiling is None else layer_flops(preset) / median / ceiling,
+        "peak_bytes": peaks.pop("k25sys"),
+        "peers_peak_bytes": peaks,
+        "peers_unavailable": reasons,
+        "phases_s": {**small_phases(preset, data), **phases},
+        "tokens_per_expert_max_over_mean": float(data.plan.tokens_per_expert_E.max())
+        / (preset.num_tokens * preset.top_k / preset.num_experts),
+    }
+    return Comparison(name=name, ours=times.pop("k25sys"), peers=times, fields=fields)
+
+
+def small_phases(preset: Preset, data: Input) -> dict[str, float]:
+    """Seconds of what surrounds the experts: router, plan, and dispatch as an op of its own (expert_mlp fuses it)."""
+    bias_E = torch.zeros(preset.num_experts, device=data.logits_TE.device)
+    runs: dict[str, Callable[[], Any]] = {
+        "route": lambda: ops.route_tokens(data.logits_TE, bias_E, top_k=preset.top_k, scale=2.827),
+        "plan": lambda: ops.plan_dispatch(data.layer.experts_TK, preset.num_experts),
+        "dispatch": lambda: ops.dispatch(data.layer.x_TD, data.plan),
+    }
+    return {name: result.median for name, result in alternate(runs, seconds=0.3).items()}
+
+
+def bench_rows(kind: str, name: str, data: Input, seconds: float) -> Comparison:
+    """combine or dispatch, forward, against what torch has for it."""
+    layer, plan = data.layer, data.plan
+    tokens_M = plan.slot_of_row_M.long() // plan.top_k
+    rows_MD = layer.x_TD[tokens_M]
+    weights_M1 = layer.weights_TK.reshape(-1)[plan.slot_of_row_M.long()][:, None].to(rows_MD.dtype)
+    if kind == "combine":
+        peer, run = (
+            "torch_index_add",
+            lambda: torch.zeros_like(layer.x_TD).index_add_(0, tokens_M, rows_MD * weights_M1),
+        )
+        ours: Callable[[], Any] = lambda: ops.combine(rows_MD, layer.weights_TK, plan)  # noqa: E731
+    else:
+        peer, run = "torch_index_select", lambda: layer.x_TD.index_select(0, tokens_M)
+        ours = lambda: ops.dispatch(layer.x_TD, plan)  # noqa: E731
+    times = alternate({"k25sys": ours, peer: run}, seconds=seconds, most=200)
+    moved = rows_MD.nbytes + (1 if kind == "combine" else plan.top_k) * layer.x_TD.nbytes
+    fields = {"allocator": harness.allocator(), "bytes": moved, "peak_bytes": None, "peers_peak_bytes": {}}
+    return Comparison(name=name, ours=times.pop("k25sys"), peers=times, fields=fields)
+
+
+def bench_call_overhead() -> dict[str, Any]:
+    """Seconds of one call of each op on the smallest input, without and with autograd."""
+    torch.set_num_threads(1)
+    rows, logits, bias = torch.randn(1, 8), torch.randn(1, 4), torch.zeros(4)
+    gate_up, down = torch.randn(4, 8, 8), torch.randn(4, 8, 4)
+    weights, experts = ops.route_tokens(logits, bias, top_k=1, scale=1.0)
+    plan = ops.plan_dispatch(experts, 4)
+    leaf = rows.clone().requires_grad_()
+    runs: dict[str, Callable[[], Any]] = {
+        "swiglu": lambda: ops.swiglu(rows),
+        "swiglu_autograd": lambda: ops.swiglu(leaf),
+        "dispatch": lambda: ops.dispatch(rows, plan),
+        "dispatch_autograd": lambda: ops.dispatch(leaf, plan),
+        "combine": lambda: ops.combine(rows, weights, plan),
+        "route_tokens": lambda: ops.route_tokens(logits, bias, top_k=1, scale=1.0),
+        "plan_dispatch": lambda: ops.plan_dispatch(experts, 4),
+        "expert_mlp": lambda: ops.expert_mlp(rows, gate_up, down, weights, experts),
+    }
+    seconds = {name: harness.per_call(run) for name, run in runs.items()}
+    peers = {"torch_silu": harness.per_call(lambda: torch.nn.functional.silu(rows))}
+    ours = seconds["swiglu"]
+    return {
+        "name": "call_overhead", "ours_s": ours, "peers_s": peers, "ratio": peers["torch_silu"] / ours,
+        "peak_bytes": None, "peers_peak_bytes": {}, "ops_s": seconds,
+    }  # fmt: skip
+
+
+def describe(case: dict[str, Any]) -> str:
+    """A case as lines for a reader."""
+    lines = [f"{case['name']}  [{case.get('allocator', '')}]" if case.get("allocator") else case["name"]]
+    if "ops_s" in case:
+        return "\n".join([*lines, "  " + "  ".join(f"{name} {s * 1e6:.1f} us" for name, s in case["ops_s"].items())])
+    peers = "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["peers_s"].items())
+    lines.append(f"  ms: k25sys {case['ours_s'] * 1e3:.2f} (iqr {case['ours_iqr_s'] * 1e3:.2f})  {peers}")
+    lines.append(f"  ratio to the best peer {case['ratio']:.2f} (median of {case['runs']} alternated runs)")
+    if case.get("ceiling_share"):
+        lines[-1] += (
+            f"; {case['ceiling_share']:.0%} of the measured {case['ceiling_flops_per_second'] / 1e9:.0f} GFLOP/s"
+        )
+    if case.get("phases_s"):
+        lines.append("  phases, ms: " + "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["phases_s"].items()))
+    if case.get("peak_bytes") is not None:
+        sizes = "  ".join(f"{name} {b / 1e6:.0f}" for name, b in case["peers_peak_bytes"].items() if b is not None)
+        lines.append(f"  peak extra memory, MB: k25sys {case['peak_bytes'] / 1e6:.0f}  {sizes}")
+    if case.get("flops"):
+        load = case["tokens_per_expert_max_over_mean"]
+        lines.append(
+            f"  {case['flops'] / 1e9:.1f} GFLOP, at least {case['bytes'] / 1e6:.0f} MB moved; "
+            f"fullest expert {load:.1f}x the mean"
+        )
+    lines += [f"  not run: {name} ({reason})" for name, reason in case.get("peers_unavailable", {}).items()]
+    return "\n".join(lines)
+
+
+def rerun_with_other_allocator(arguments: list[str]) -> list[dict[str, Any]]:
+    """The expert cases in a child process under the allocator that this process does not use."""
+    environment = dict(os.environ)
+    if harness.allocator() == "tuned":
+        environment.pop("GLIBC_TUNABLES")
+    else:
+        environment["GLIBC_TUNABLES"] = harness.TUNED_ALLOCATOR
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "cases.json")
+        command = [sys.executable, __file__, *arguments, "--experts-only", "--json", path]
+        subprocess.run(command, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
+        cases = json.loads(Path(path).read_text())["cases"]
+    return [{**case, "name": f"{case['name']}/allocator={case['allocator']}"} for case in cases]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--routing", choices=routing.ROUTINGS, help="only this routing (default: real, and one uniform case)"
+    )
+    parser.add_argument("--text", metavar="FILE", help="text to route (default: text that ships with Python)")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: cpu without CUDA kernels, else k25")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on a case, warm-up apart")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--experts-only", action="store_true", help="the expert_mlp cases, under this allocator alone")
+    return parser.parse_args()
+
+
+def torch_computes_bf16() -> bool:
+    """Whether torch has bf16 GEMMs on this CPU; without AVX-512-BF16 or AMX its fallback is tens of times slower."""
+    runs = {}
+    for dtype in DTYPES.values():
+        a = torch.randn(256, 256).to(dtype)
+        runs[str(dtype)] = partial(torch.mm, a, a)
+    bf16, fp32 = (result.median for result in alternate(runs, seconds=0.05).values())
+    return bf16 < 5 * fp32
+
+
+def plan_cases(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, str, int]]:
+    """(dtype, routing, threads) of each expert_mlp case."""
+    main_routing = arguments.routing or "real"
+    if device.type == "cuda":
+        return [("bf16", main_routing, 1)]
+    threads = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
+    cases = [(dtype, main_routing, count) for dtype in DTYPES for count in threads]
+    if not arguments.experts_only and arguments.routing is None:
+        cases.append(("bf16", "uniform", 1))
+    return cases
+
+
+def main() -> None:
+    """Runs the cases, prints each as it is done, and writes the JSON."""
+    arguments = parse_arguments()
+    has_cuda = any(b.device == "cuda" and b.available for b in ops.backends.listing("expert_mlp"))
+    device = torch.device("cuda" if has_cuda else "cpu")
+    preset_name = arguments.preset or ("k25" if has_cuda else "cpu")
+    preset = PRESETS[preset_name]
+    need = 8 * preset.num_experts * 3 * preset.dim * preset.width
+    if device.type == "cpu" and need > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise SystemExit(
+            f"--preset {preset_name} needs about {need / 1e9:.0f} GB of memory: run it on CUDA, or --preset cpu"
+        )
+    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else routing.default_text()
+    print(f"MoE layer, preset {preset_name}: {preset}\n{harness.machine()}", flush=True)
+    cases = []
+
+    def report(case: dict[str, Any]) -> None:
+        cases.append(case)
+        print(describe(case), flush=True)
+
+    presets = dict.fromkeys(DTYPES, preset)
+    if device.type == "cpu" and not torch_computes_bf16():
+        presets["bf16"] = replace(preset, num_tokens=preset.num_tokens // 8)
+        print(f"torch has no fast bf16 on this CPU: bf16 cases have {presets['bf16'].num_tokens} tokens", flush=True)
+    for dtype, kind, threads in plan_cases(arguments, device):
+        torch.set_num_threads(threads)
+        data = make_input(presets[dtype], kind, text, DTYPES[dtype], device)
+        suffix = f"{dtype}/{kind}/threads={threads}"
+        report(bench_experts(f"expert_mlp/{suffix}", presets[dtype], data, arguments.seconds, device).as_json())
+        if dtype == "bf16" and not arguments.experts_only and kind == (arguments.routing or "real"):
+            for rows in ("combine", "dispatch"):
+                report(bench_rows(rows, f"{rows}/{suffix}", data, arguments.seconds / 4).as_json())
+    if not arguments.experts_only:
+        report(bench_call_overhead())
+        if device.type == "cpu":
+            options = [
+                "--preset",
+                preset_name,
+                "--seconds",
+                str(arguments.seconds),
+                "--routing",
+                arguments.routing or "real",
+            ]
+            if arguments.text:
+                options += ["--text", arguments.text]
+            for case in rerun_with_other_allocator(options):
+                report(case)
+    if arguments.json:
+        names = {op: "native" for op in ops.backends.OPS}
+        names["expert_mlp"] = ops.backends.choose("expert_mlp", None, device, torch.bfloat16)
+        harness.write_json(arguments.json, "moe", names, cases)
+
+
+if __name__ == "__main__":
+    main()

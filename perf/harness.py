@@ -1,0 +1,144 @@
+"""Timing for the benches, on torch.utils.benchmark: candidates alternated in one process, medians, peak memory."""
+
+import ctypes
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Measurement, TaskSpec
+from torch.utils.benchmark.utils.timer import timer as clock
+
+from k25sys import build_info
+
+TUNED_ALLOCATOR = (
+    "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+)
+
+
+def alternate(
+    candidates: Mapping[str, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 25
+) -> dict[str, Measurement]:
+    """Runs the candidates in turn, round after round, until `seconds` are spent (at least `least` rounds).
+
+    The order of a round turns around each time, so that no candidate always follows the same one. Each is run once
+    before; that run does not count, except for a candidate that took `seconds` for it: such a one is not run again.
+    """
+    times: dict[str, list[float]] = {}
+    again = []
+    for name, run in candidates.items():
+        start = clock()
+        run()
+        first = clock() - start
+        times[name] = [first] if first >= seconds else []
+        again += [name] if first < seconds else []
+    spent, rounds = 0.0, 0
+    while again and (rounds < least or (spent < seconds and rounds < most)):
+        for name in again[:: 1 if rounds % 2 == 0 else -1]:
+            start = clock()
+            candidates[name]()
+            times[name].append(clock() - start)
+            spent += times[name][-1]
+        rounds += 1
+    spec = TaskSpec(stmt="", setup="", num_threads=torch.get_num_threads())
+    return {name: Measurement(number_per_run=1, raw_times=values, task_spec=spec) for name, values in times.items()}
+
+
+def per_call(run: Callable[[], Any], *, calls: int = 2000, repeats: int = 7) -> float:
+    """Median seconds of one call among `repeats` loops of `calls`: for calls too short for the clock."""
+    for _ in range(200):
+        run()
+    loops = []
+    for _ in range(repeats):
+        start = clock()
+        for _ in range(calls):
+            run()
+        loops.append((clock() - start) / calls)
+    return sorted(loops)[len(loops) // 2]
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that one run needs at its peak beyond what was held before it; None where the machine does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _status_kib("VmRSS")
+        run()
+        return 1024 * max(0, _status_kib("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One case: our time beside the peers', as the JSON of every bench has it."""
+
+    name: str
+    ours: Measurement
+    peers: dict[str, Measurement]
+    fields: dict[str, Any]
+
+    @property
+    def best_peer(self) -> str:
+        """The fastest peer by its median."""
+        return min(self.peers, key=lambda name: self.peers[name].median)
+
+    @property
+    def ratio(self) -> float:
+        """Best peer's median over ours: above 1 we are faster."""
+        return self.peers[self.best_peer].median / self.ours.median
+
+    def as_json(self) -> dict[str, Any]:
+        """The case as INTERFACES lists it."""
+        return {
+            "name": self.name,
+            "ours_s": self.ours.median,
+            "ours_iqr_s": self.ours.iqr,
+            "peers_s": {name: peer.median for name, peer in self.peers.items()},
+            "ratio": self.ratio,
+            "runs": len(self.ours.raw_times),
+            "peers_runs": {name: len(peer.raw_times) for name, peer in self.peers.items()},
+            **self.fields,
+        }
+
+
+def allocator() -> str:
+    """ "tuned" when GLIBC_TUNABLES raises malloc's mmap threshold, else "default"."""
+    return "tuned" if "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "") else "default"
+
+
+def machine() -> dict[str, Any]:
+    """The machine that figures belong to."""
+    model = platform.processor() or "unknown"
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": model, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "allocator": allocator()}
+
+
+def write_json(path: str, bench: str, backends: dict[str, str], cases: list[dict[str, Any]]) -> None:
+    """Writes the file that every bench writes for --json."""
+    content = {"bench": bench, "machine": machine(), "build": build_info(), "backends": backends, "cases": cases}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
