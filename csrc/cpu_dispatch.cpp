@@ -1,4 +1,7 @@
-// The ops as callers see them: what must hold of the data is checked here, then the current instruction set's kernel runs.
+// The ops as callers see them: what must hold of the data is checked here, then the current instruction set's kernel
+// runs.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -6,21 +9,24 @@
 #include <stdexcept>
 #include <string>
 
-#include <sys/mman.h>
-
 #include "common/cpu/isa_functions.h"
 #include "common/machine.h"
 #include "common/threads.h"
 #include "plan_dispatch/api.h"
 
 #if defined(__x86_64__)
-#define K25_RUN(function, ...)                                                  \
-  switch (current_isa()) {                                                      \
-    case Isa::avx2: return avx2::function(__VA_ARGS__);                         \
-    case Isa::avx512: return avx512::function(__VA_ARGS__);                     \
-    case Isa::avx512_bf16: return avx512_bf16::function(__VA_ARGS__);           \
-    case Isa::emulated_bf16: return emulated_bf16::function(__VA_ARGS__);       \
-    default: return portable::function(__VA_ARGS__);                            \
+#define K25_RUN(function, ...)                     \
+  switch (current_isa()) {                         \
+    case Isa::avx2:                                \
+      return avx2::function(__VA_ARGS__);          \
+    case Isa::avx512:                              \
+      return avx512::function(__VA_ARGS__);        \
+    case Isa::avx512_bf16:                         \
+      return avx512_bf16::function(__VA_ARGS__);   \
+    case Isa::emulated_bf16:                       \
+      return emulated_bf16::function(__VA_ARGS__); \
+    default:                                       \
+      return portable::function(__VA_ARGS__);      \
   }
 #else
 #define K25_RUN(function, ...) return portable::function(__VA_ARGS__)
@@ -82,7 +88,8 @@ void check_plan(const char* op, const P& p) {
   check_table(op, "slot_of_row", p.slot_of_row, num_rows, num_rows);
   check_table(op, "row_of_slot", p.row_of_slot, num_rows, num_rows);
   for (int64_t m = 0; m < num_rows; ++m) {
-    if (p.row_of_slot[p.slot_of_row[m]] != m) bad_plan(op, "row_of_slot", p.slot_of_row[m], p.row_of_slot[p.slot_of_row[m]], num_rows);
+    if (p.row_of_slot[p.slot_of_row[m]] != m)
+      bad_plan(op, "row_of_slot", p.slot_of_row[m], p.row_of_slot[p.slot_of_row[m]], num_rows);
   }
   for (int64_t e = 0; e <= p.num_experts; ++e) {
     const int64_t least = e == 0 ? 0 : p.offsets[e - 1];
@@ -109,8 +116,8 @@ void count_and_place(const PlanDispatch& p) {
     const Id id = experts[slot];
     if (id < 0 || int64_t(id) >= p.num_experts) {
       throw std::out_of_range("plan_dispatch: experts_TK[" + std::to_string(slot / p.top_k) + ", " +
-                              std::to_string(slot % p.top_k) + "]: got " + std::to_string(id) + ", accepted 0 <= id < " +
-                              std::to_string(p.num_experts) + " (num_experts)");
+                              std::to_string(slot % p.top_k) + "]: got " + std::to_string(id) +
+                              ", accepted 0 <= id < " + std::to_string(p.num_experts) + " (num_experts)");
     }
     ++p.tokens_per_expert[id];
   }

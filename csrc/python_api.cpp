@@ -20,10 +20,25 @@ void bind_expert_mlp(py::module_& module) {
          Address offsets, Address slot_of_row, Address row_of_slot, Address gate_up_rows, Address act_rows,
          Address out_rows, Address out, int64_t num_tokens, int64_t num_experts, int64_t dim, int64_t width, int top_k,
          int dtype, Address phase_seconds, int num_threads) {
-        cpu::expert_mlp({at<void>(x), at<void>(gate_up), at<void>(down), at<void>(packed_gate_up),
-                         at<void>(packed_down), at<void>(weights), at<int32_t>(offsets), at<int32_t>(slot_of_row),
-                         at<int32_t>(row_of_slot), at<void>(gate_up_rows), at<void>(act_rows), at<void>(out_rows),
-                         at<void>(out), num_tokens, num_experts, dim, width, top_k, DType(dtype),
+        cpu::expert_mlp({at<void>(x),
+                         at<void>(gate_up),
+                         at<void>(down),
+                         at<void>(packed_gate_up),
+                         at<void>(packed_down),
+                         at<void>(weights),
+                         at<int32_t>(offsets),
+                         at<int32_t>(slot_of_row),
+                         at<int32_t>(row_of_slot),
+                         at<void>(gate_up_rows),
+                         at<void>(act_rows),
+                         at<void>(out_rows),
+                         at<void>(out),
+                         num_tokens,
+                         num_experts,
+                         dim,
+                         width,
+                         top_k,
+                         DType(dtype),
                          at<double>(phase_seconds)},
                         num_threads);
       },
@@ -36,14 +51,34 @@ void bind_expert_mlp(py::module_& module) {
          Address grad_gate_up, Address grad_down, Address grad_weights, bool accumulate, int weight_grad_dtype,
          int64_t num_tokens, int64_t num_experts, int64_t dim, int64_t width, int top_k, int dtype,
          Address phase_seconds, int num_threads) {
-        cpu::expert_mlp_backward(
-            {at<void>(grad_out), at<void>(x), at<void>(gate_up), at<void>(down), at<void>(packed_gate_up),
-             at<void>(packed_down), at<void>(weights), at<int32_t>(offsets), at<int32_t>(slot_of_row),
-             at<int32_t>(row_of_slot), at<void>(gate_up_rows), at<void>(grad_gate_up_rows),
-             at<void>(weighted_act_rows), at<void>(grad_x_rows), at<void>(grad_x), at<void>(grad_gate_up),
-             at<void>(grad_down), at<void>(grad_weights), accumulate, DType(weight_grad_dtype), num_tokens,
-             num_experts, dim, width, top_k, DType(dtype), at<double>(phase_seconds)},
-            num_threads);
+        cpu::expert_mlp_backward({at<void>(grad_out),
+                                  at<void>(x),
+                                  at<void>(gate_up),
+                                  at<void>(down),
+                                  at<void>(packed_gate_up),
+                                  at<void>(packed_down),
+                                  at<void>(weights),
+                                  at<int32_t>(offsets),
+                                  at<int32_t>(slot_of_row),
+                                  at<int32_t>(row_of_slot),
+                                  at<void>(gate_up_rows),
+                                  at<void>(grad_gate_up_rows),
+                                  at<void>(weighted_act_rows),
+                                  at<void>(grad_x_rows),
+                                  at<void>(grad_x),
+                                  at<void>(grad_gate_up),
+                                  at<void>(grad_down),
+                                  at<void>(grad_weights),
+                                  accumulate,
+                                  DType(weight_grad_dtype),
+                                  num_tokens,
+                                  num_experts,
+                                  dim,
+                                  width,
+                                  top_k,
+                                  DType(dtype),
+                                  at<double>(phase_seconds)},
+                                 num_threads);
       },
       release());
   module.def("packed_bytes", [](int64_t num_experts, int64_t rows, int64_t cols, int kind, int dtype) {
@@ -53,8 +88,8 @@ void bind_expert_mlp(py::module_& module) {
       "pack_weights",
       [](Address weights, Address packed, int64_t num_experts, int64_t rows, int64_t cols, int kind, int dtype,
          int num_threads) {
-        cpu::pack_weights(
-            {at<void>(weights), at<void>(packed), num_experts, rows, cols, PackKind(kind), DType(dtype)}, num_threads);
+        cpu::pack_weights({at<void>(weights), at<void>(packed), num_experts, rows, cols, PackKind(kind), DType(dtype)},
+                          num_threads);
       },
       release());
 }
@@ -68,9 +103,8 @@ void bind_cpu_machine(py::module_& module) {
     return names;
   });
   module.def("thread_runtime", &cpu::thread_runtime);
-  module.def("advise_huge_pages", [](Address address, int64_t bytes) {
-    cpu::advise_huge_pages(at<void>(address), bytes);
-  });
+  module.def("advise_huge_pages",
+             [](Address address, int64_t bytes) { cpu::advise_huge_pages(at<void>(address), bytes); });
   module.def("peak_gflops", &cpu::peak_gflops, py::call_guard<py::gil_scoped_release>());
 }
 

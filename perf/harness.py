@@ -26,7 +26,7 @@ def alternate(
     """Runs the candidates in turn, round after round, until `seconds` are spent (at least `least` rounds).
 
     The order of a round turns around each time, so that no candidate always follows the same one. Each is run once
-    before; that run does not count, except for a candidate that took `seconds` for it: such a one is not run again.
+    before; that run does not count, except for a candidate that took most of `seconds`: such a one is not run again.
     """
     times: dict[str, list[float]] = {}
     again = []
@@ -34,8 +34,8 @@ def alternate(
         start = clock()
         run()
         first = clock() - start
-        times[name] = [first] if first >= seconds else []
-        again += [name] if first < seconds else []
+        times[name] = [first] if first > seconds / 2 else []
+        again += [name] if first <= seconds / 2 else []
     spent, rounds = 0.0, 0
     while again and (rounds < least or (spent < seconds and rounds < most)):
         for name in again[:: 1 if rounds % 2 == 0 else -1]:

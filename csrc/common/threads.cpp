@@ -1,5 +1,9 @@
 #include "common/threads.h"
 
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
@@ -9,10 +13,6 @@
 #include <new>
 #include <thread>
 #include <vector>
-
-#include <dlfcn.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 namespace k25::cpu {
 namespace {

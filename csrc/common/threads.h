@@ -12,8 +12,7 @@ void run_tasks(int64_t num_tasks, int num_threads, TaskFunction function, const 
 
 template <class Task>
 void parallel_for(int64_t num_tasks, int num_threads, const Task& task) {
-  run_tasks(
-      num_tasks, num_threads, [](const void* t, int64_t i) { (*static_cast<const Task*>(t))(i); }, &task);
+  run_tasks(num_tasks, num_threads, [](const void* t, int64_t i) { (*static_cast<const Task*>(t))(i); }, &task);
 }
 
 // The same over [0, count) in ranges of at least `grain`: task(begin, end).

@@ -7,9 +7,7 @@ namespace k25 {
 // The numbers are part of the Python binding (k25sys/ops/native.py).
 enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
 
-constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // cudaStream_t without the CUDA headers: the CPU side includes the same api.h.
 using Stream = void*;

@@ -6,50 +6,50 @@
 namespace k25 {
 
 struct ExpertMlp {
-  const void* x;                // (T, D)
-  const void* gate_up;          // (E, 2I, D): gate rows first, then up rows
-  const void* down;             // (E, D, I)
-  const void* packed_gate_up;   // kept pack of gate_up (PackKind::gate_up_forward), or null
-  const void* packed_down;      // kept pack of down (PackKind::down_forward), or null
-  const void* weights;          // (T, K) f32 (f64 when dtype is f64)
-  const int32_t* offsets;       // (E + 1)
-  const int32_t* slot_of_row;   // (M)
-  const int32_t* row_of_slot;   // (T, K)
-  void* gate_up_rows;           // (M, 2I): kept for the backward, or null
-  void* act_rows;               // (M, I): scratch
-  void* out_rows;               // (M, D): scratch
-  void* out;                    // (T, D)
+  const void* x;                                // (T, D)
+  const void* gate_up;                          // (E, 2I, D): gate rows first, then up rows
+  const void* down;                             // (E, D, I)
+  const void* packed_gate_up;                   // kept pack of gate_up (PackKind::gate_up_forward), or null
+  const void* packed_down;                      // kept pack of down (PackKind::down_forward), or null
+  const void* weights;                          // (T, K) f32 (f64 when dtype is f64)
+  const int32_t* offsets;                       // (E + 1)
+  const int32_t* slot_of_row;                   // (M)
+  const int32_t* row_of_slot;                   // (T, K)
+  void* gate_up_rows;                           // (M, 2I): kept for the backward, or null
+  void* act_rows;                               // (M, I): scratch
+  void* out_rows;                               // (M, D): scratch
+  void* out;                                    // (T, D)
   int64_t num_tokens, num_experts, dim, width;  // T, E, D, I; M = T * K
   int top_k;
   DType dtype;
-  double* phase_seconds;        // 3: gate/up, down, combine; or null
+  double* phase_seconds;  // 3: gate/up, down, combine; or null
 };
 
 struct ExpertMlpBackward {
-  const void* grad_out;         // (T, D)
-  const void* x;                // (T, D)
-  const void* gate_up;          // (E, 2I, D)
-  const void* down;             // (E, D, I)
-  const void* packed_gate_up;   // PackKind::gate_up_backward, or null
-  const void* packed_down;      // PackKind::down_backward, or null
-  const void* weights;          // (T, K)
-  const int32_t* offsets;       // (E + 1)
-  const int32_t* slot_of_row;   // (M)
-  const int32_t* row_of_slot;   // (T, K)
-  const void* gate_up_rows;     // (M, 2I), from the forward
-  void* grad_gate_up_rows;      // (M, 2I): scratch
-  void* weighted_act_rows;      // (M, I): scratch
-  void* grad_x_rows;            // (M, D): scratch; null when grad_x is
-  void* grad_x;                 // (T, D), or null
-  void* grad_gate_up;           // (E, 2I, D) in weight_grad_dtype, or null
-  void* grad_down;              // (E, D, I) in weight_grad_dtype, or null
-  void* grad_weights;           // (T, K), or null
-  bool accumulate;              // add to grad_gate_up and grad_down instead of overwriting them
-  DType weight_grad_dtype;      // dtype, or f32
+  const void* grad_out;        // (T, D)
+  const void* x;               // (T, D)
+  const void* gate_up;         // (E, 2I, D)
+  const void* down;            // (E, D, I)
+  const void* packed_gate_up;  // PackKind::gate_up_backward, or null
+  const void* packed_down;     // PackKind::down_backward, or null
+  const void* weights;         // (T, K)
+  const int32_t* offsets;      // (E + 1)
+  const int32_t* slot_of_row;  // (M)
+  const int32_t* row_of_slot;  // (T, K)
+  const void* gate_up_rows;    // (M, 2I), from the forward
+  void* grad_gate_up_rows;     // (M, 2I): scratch
+  void* weighted_act_rows;     // (M, I): scratch
+  void* grad_x_rows;           // (M, D): scratch; null when grad_x is
+  void* grad_x;                // (T, D), or null
+  void* grad_gate_up;          // (E, 2I, D) in weight_grad_dtype, or null
+  void* grad_down;             // (E, D, I) in weight_grad_dtype, or null
+  void* grad_weights;          // (T, K), or null
+  bool accumulate;             // add to grad_gate_up and grad_down instead of overwriting them
+  DType weight_grad_dtype;     // dtype, or f32
   int64_t num_tokens, num_experts, dim, width;
   int top_k;
   DType dtype;
-  double* phase_seconds;        // 3: SwiGLU gradient, input and weight gradients, combine; or null
+  double* phase_seconds;  // 3: SwiGLU gradient, input and weight gradients, combine; or null
 };
 
 enum class PackKind : int { gate_up_forward = 0, down_forward = 1, down_backward = 2, gate_up_backward = 3 };

@@ -1,7 +1,7 @@
 // The fused experts for one instruction set. Forward: gate/up GEMM with the gather and SwiGLU fused, down GEMM with the
-// routing weight fused, combine. Backward: the gradient of the activation with SwiGLU's derivative fused, then input and
-// weight gradients, then the combine of the input's. Each output element is computed by one task in a fixed order, so
-// results are bitwise the same for every number of threads.
+// routing weight fused, combine. Backward: the gradient of the activation with SwiGLU's derivative fused, then input
+// and weight gradients, then the combine of the input's. Each output element is computed by one task in a fixed order,
+// so results are bitwise the same for every number of threads.
 #include <ctime>
 #include <new>
 #include <type_traits>
@@ -88,9 +88,12 @@ struct Experts {
 
   static int64_t units_per_expert(const PackWeights& p) {
     switch (p.kind) {
-      case PackKind::gate_up_forward: return gate_up_panel_units(p.cols, p.rows / 2);
-      case PackKind::down_forward: return panel_units(p.cols, p.rows);
-      default: return panel_units(p.rows, p.cols);
+      case PackKind::gate_up_forward:
+        return gate_up_panel_units(p.cols, p.rows / 2);
+      case PackKind::down_forward:
+        return panel_units(p.cols, p.rows);
+      default:
+        return panel_units(p.rows, p.cols);
     }
   }
   static void pack(const PackWeights& p, int num_threads) {
@@ -161,17 +164,18 @@ struct Experts {
   static void forward(const ExpertMlp& p, int num_threads) {
     PhaseClock clock(p.phase_seconds);
     const Rows<Element> x{static_cast<const Element*>(p.x), p.dim, p.slot_of_row, p.top_k};
-    for_each_panel_task(p.offsets, p.num_experts, Panels<Math>::pair_count(p.width), num_threads, [&](const PanelTask& t) {
-      const auto* matrix = static_cast<const Element*>(p.gate_up) + t.expert * 2 * p.width * p.dim;
-      const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
-      if (kept) kept += t.expert * gate_up_panel_units(p.dim, p.width);
-      multiply_expert_rows<Math>(
-          x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
-          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
-            pack_gate_up(to, matrix, p.dim, p.width, panel, begin, end);
-          },
-          [&](int64_t row, int count, int64_t panel, const Scalar* c) { gate_up_tile(p, row, count, panel, c); });
-    });
+    for_each_panel_task(
+        p.offsets, p.num_experts, Panels<Math>::pair_count(p.width), num_threads, [&](const PanelTask& t) {
+          const auto* matrix = static_cast<const Element*>(p.gate_up) + t.expert * 2 * p.width * p.dim;
+          const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
+          if (kept) kept += t.expert * gate_up_panel_units(p.dim, p.width);
+          multiply_expert_rows<Math>(
+              x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
+              [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
+                pack_gate_up(to, matrix, p.dim, p.width, panel, begin, end);
+              },
+              [&](int64_t row, int count, int64_t panel, const Scalar* c) { gate_up_tile(p, row, count, panel, c); });
+        });
     clock.lap(0);
     const Rows<Element> act{static_cast<const Element*>(p.act_rows), p.width};
     for_each_panel_task(p.offsets, p.num_experts, Panels<Math>::count(p.dim), num_threads, [&](const PanelTask& t) {
@@ -259,7 +263,9 @@ struct Experts {
       if (kept) kept += t.expert * panel_units(2 * p.width, p.dim);
       multiply_expert_rows<Math>(
           grad, p.offsets[t.expert], p.offsets[t.expert + 1], 2 * p.width, t, kept,
-          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) { pack_panel(to, matrix, p.dim, panel, begin, end); },
+          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
+            pack_panel(to, matrix, p.dim, panel, begin, end);
+          },
           [&](int64_t row, int count, int64_t panel, const Scalar* c) {
             store_tile(static_cast<Element*>(p.grad_x_rows), p.dim, row, count, panel, c, nullptr, nullptr);
           });
@@ -269,8 +275,16 @@ struct Experts {
   template <class Grad>
   static void weight_grad_tile(Grad* out, int64_t row_length, int64_t row, int count, int64_t column, int64_t valid,
                                const Scalar* c, bool accumulate) {
+    constexpr int64_t line = 64;  // a streamed store must fill its cache line, or it costs more than it saves
+    const bool whole_lines = columns * int64_t(sizeof(Grad)) % line == 0 && valid == columns &&
+                             row_length * int64_t(sizeof(Grad)) % line == 0 &&
+                             reinterpret_cast<uintptr_t>(out + column) % line == 0;
     for (int r = 0; r < count; ++r, c += columns) {
       Grad* to = out + (row + r) * row_length + column;
+      if (whole_lines && !accumulate) {
+        for (int64_t i = 0; i < columns; i += lanes) stream_compute(to + i, load<Vector>(c + i));
+        continue;
+      }
       for (int64_t i = 0; i < valid; i += lanes) {
         Vector value = load<Vector>(c + i);
         if (accumulate) value += load_partial(to + i, valid - i);
@@ -299,11 +313,11 @@ struct Experts {
           std::memset(matrix + r * cols + column, 0, size_t(task.column_end - column) * sizeof(Grad));
         }
       }
-      multiply_weight_grad<Math>(
-          a, b, begin, end, task,
-          [&](int64_t r, int count, int64_t c0, int64_t valid, const Scalar* c) {
-            weight_grad_tile(matrix, cols, r, count, c0, valid, c, p.accumulate);
-          });
+      multiply_weight_grad<Math>(a, b, begin, end, task,
+                                 [&](int64_t r, int count, int64_t c0, int64_t valid, const Scalar* c) {
+                                   weight_grad_tile(matrix, cols, r, count, c0, valid, c, p.accumulate);
+                                 });
+      stream_fence();
     });
   }
 

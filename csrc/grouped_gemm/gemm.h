@@ -1,15 +1,16 @@
-// The two grouped GEMMs of a MoE layer, over the rows that a plan assigns to each expert. Both hand finished tiles to an
-// epilogue: epilogue(first_row, num_rows, panel or columns, tile), the tile in the accumulator's type, kColumns a row.
+// The two grouped GEMMs of a MoE layer, over the rows that a plan assigns to each expert. Both hand finished tiles to
+// an epilogue: epilogue(first_row, num_rows, panel or columns, tile), the tile in the accumulator's type, kColumns a
+// row.
 #pragma once
 #include "common/threads.h"
 #include "grouped_gemm/pack.h"
 
 namespace k25::cpu::K25_ISA {
 
-constexpr int64_t kPanelBytes = 128 * 1024;    // a block of a packed panel: stays in the second-level cache
-constexpr int64_t kMostUnits = 512;            // summed in one chain, so that f32 keeps its last digits
-constexpr int64_t kRowsBytes = 512 * 1024;     // packed rows of A
-constexpr int64_t kBlockedRows = 384;          // rows whose partial sums wait while the reduction runs in blocks
+constexpr int64_t kPanelBytes = 128 * 1024;  // a block of a packed panel: stays in the second-level cache
+constexpr int64_t kMostUnits = 512;          // summed in one chain, so that f32 keeps its last digits
+constexpr int64_t kRowsBytes = 512 * 1024;   // packed rows of A
+constexpr int64_t kBlockedRows = 384;        // rows whose partial sums wait while the reduction runs in blocks
 constexpr int64_t kWeightGradColumns = 1024;
 
 template <class Math>
@@ -65,7 +66,8 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
       thread_scratch(Scratch::partial, (blocked ? chunk : kTileRows) * columns * int64_t(sizeof(Scalar))));
   auto* panel_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
   auto* row_space =
-      in_place ? nullptr : static_cast<Unit*>(thread_scratch(Scratch::a_pack, chunk * num_units * int64_t(sizeof(Unit))));
+      in_place ? nullptr
+               : static_cast<Unit*>(thread_scratch(Scratch::a_pack, chunk * num_units * int64_t(sizeof(Unit))));
 
   for (int64_t first = row_begin; first < row_end; first += chunk) {
     const int64_t rows = at_most(chunk, row_end - first);
@@ -83,7 +85,8 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
         const int64_t units = at_most(block, num_units - done);
         const Unit* b = kept ? kept + (panel * num_units + done) * columns : panel_space;
         if (!kept) {
-          pack(panel_space, panel, done * Math::kElementsPerUnit, at_most((done + units) * Math::kElementsPerUnit, depth));
+          pack(panel_space, panel, done * Math::kElementsPerUnit,
+               at_most((done + units) * Math::kElementsPerUnit, depth));
         }
         for (int64_t r = 0; r < rows; r += kTileRows) {
           const int count = int(at_most(kTileRows, rows - r));
@@ -119,8 +122,8 @@ void multiply_weight_grad(const Rows<typename Math::Element>& a, const Rows<type
   const int64_t panels = (task.column_end - task.column_begin + columns - 1) / columns;
   const bool blocked = end - begin > depth_block;
   const int64_t most_units = units_of<Math>(at_most(end - begin, depth_block));
-  auto* a_space = static_cast<Unit*>(
-      thread_scratch(Scratch::a_pack, groups * group * most_units * int64_t(sizeof(Unit))));
+  auto* a_space =
+      static_cast<Unit*>(thread_scratch(Scratch::a_pack, groups * group * most_units * int64_t(sizeof(Unit))));
   auto* b_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
   auto* partial = static_cast<Scalar*>(thread_scratch(
       Scratch::partial, (blocked ? groups * group * panels : kTileRows) * columns * int64_t(sizeof(Scalar))));

@@ -117,12 +117,18 @@ template <class Math, int kStep>
 void multiply_rows(int num_rows, int64_t num_units, const typename Math::Unit* const* a, int64_t step,
                    const typename Math::Unit* b, typename Tile<Math>::Scalar* c, bool accumulate) {
   switch (num_rows) {
-    case 1: return multiply_tile<Math, 1, kStep>(num_units, a, step, b, c, accumulate);
-    case 2: return multiply_tile<Math, 2, kStep>(num_units, a, step, b, c, accumulate);
-    case 3: return multiply_tile<Math, 3, kStep>(num_units, a, step, b, c, accumulate);
-    case 4: return multiply_tile<Math, 4, kStep>(num_units, a, step, b, c, accumulate);
-    case 5: return multiply_tile<Math, 5, kStep>(num_units, a, step, b, c, accumulate);
-    default: return multiply_tile<Math, 6, kStep>(num_units, a, step, b, c, accumulate);
+    case 1:
+      return multiply_tile<Math, 1, kStep>(num_units, a, step, b, c, accumulate);
+    case 2:
+      return multiply_tile<Math, 2, kStep>(num_units, a, step, b, c, accumulate);
+    case 3:
+      return multiply_tile<Math, 3, kStep>(num_units, a, step, b, c, accumulate);
+    case 4:
+      return multiply_tile<Math, 4, kStep>(num_units, a, step, b, c, accumulate);
+    case 5:
+      return multiply_tile<Math, 5, kStep>(num_units, a, step, b, c, accumulate);
+    default:
+      return multiply_tile<Math, 6, kStep>(num_units, a, step, b, c, accumulate);
   }
 }
 

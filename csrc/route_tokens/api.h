@@ -5,10 +5,10 @@
 namespace k25 {
 
 struct RouteTokens {
-  const void* logits;    // (T, E), dtype
-  const float* bias;     // (E), selects and never weighs
-  void* weights;         // (T, K), f64 when dtype is f64, else f32
-  int32_t* experts;      // (T, K), by falling score + bias; ties go to the lower id
+  const void* logits;  // (T, E), dtype
+  const float* bias;   // (E), selects and never weighs
+  void* weights;       // (T, K), f64 when dtype is f64, else f32
+  int32_t* experts;    // (T, K), by falling score + bias; ties go to the lower id
   DType dtype;
   int64_t num_tokens, num_experts;
   int top_k;

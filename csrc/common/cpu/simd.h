@@ -129,6 +129,28 @@ K25_INLINE void store_partial(Element* to, typename Compute<Element>::Vector val
   if (count > 0) std::memcpy(to, buffer, size_t(count) * sizeof(Element));
 }
 
+// Writes past the caches, for results that are not read again soon: no line is fetched to be overwritten. `to` must be
+// aligned to the vector. stream_fence() makes them visible to other threads.
+template <class V>
+K25_INLINE void stream(void* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)to, (__m512i)value);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)to, (__m256i)value);
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)to, (__m128i)value);
+#endif
+  store(static_cast<char*>(to), value);
+}
+K25_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+K25_INLINE void stream_compute(float* to, F32V value) { stream(to, value); }
+K25_INLINE void stream_compute(double* to, F64V value) { stream(to, value); }
+K25_INLINE void stream_compute(Bf16* to, F32V value) { stream(to, narrow(value)); }
+
 // The value as it would be after a trip through memory.
 K25_INLINE F32V round_to(F32V value, const float*) { return value; }
 K25_INLINE F64V round_to(F64V value, const double*) { return value; }
