@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,17 +28,47 @@ def copy_when_changed(source: Path, target: Path) -> None:
             shutil.copyfile(file, to)
 
 
+def find_nvcc() -> str:
+    """nvcc in K25_CUDA_HOME, CUDA_HOME or PATH; "" where there is none."""
+    for home in (os.environ.get("K25_CUDA_HOME"), os.environ.get("CUDA_HOME")):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc") or ""
+
+
+def choose_nvcc() -> tuple[str, str]:
+    """nvcc to build with and "", or "" and the reason why not, as K25_BUILD_CUDA says."""
+    mode = os.environ.get("K25_BUILD_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"K25_BUILD_CUDA: got {mode!r}, accepted auto, 1 or 0")
+    if mode == "0":
+        return "", "K25_BUILD_CUDA=0"
+    nvcc = find_nvcc()
+    if not nvcc:
+        reason = "nvcc is not in K25_CUDA_HOME/bin, CUDA_HOME/bin or PATH"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "probe.cu"
+            source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+            command = [nvcc, "-std=c++17", "-arch=sm_90a", "-c", source, "-o", f"{source}.o"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            return nvcc, ""
+        lines = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        reason = f"{nvcc} cannot compile for sm_90a: {lines[0]}"
+    if mode == "1":
+        raise SystemExit(f"K25_BUILD_CUDA=1, but {reason}")
+    return "", reason.replace(";", ",")  # a semicolon would end the value in CMake
+
+
 class CMakeBuild(build_ext):
     """Builds k25sys._C in build/cmake-<abi> and copies it to where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        if os.environ.get("K25_BUILD_CUDA", "auto") not in ("auto", "0"):
-            raise SystemExit(
-                "K25_BUILD_CUDA: got {!r}; this version has no CUDA library yet (nvcc is not used), so only auto and 0 "
-                "are accepted".format(os.environ["K25_BUILD_CUDA"])
-            )
+        nvcc, reason = choose_nvcc()
+        print(f"k25sys: CUDA kernels: {f'built with {nvcc}' if nvcc else f'not built: {reason}'}", flush=True)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         folder = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         headers = ROOT / "build" / f"pybind11-{pybind11.__version__}"
@@ -53,6 +84,8 @@ class CMakeBuild(build_ext):
                 f"-DK25_PYTHON_INCLUDE={sysconfig.get_path('include')}",
                 f"-DK25_PYBIND11_INCLUDE={headers}",
                 f"-DK25_EXTENSION_SUFFIX={suffix}",
+                f"-DK25_NVCC={nvcc}",
+                f"-DK25_CUDA_REASON={reason}",
             ],
             check=True,
         )  # fmt: skip

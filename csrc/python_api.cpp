@@ -7,6 +7,9 @@
 #include "common/machine.h"
 #include "common/threads.h"
 #include "expert_mlp/api.h"
+#if defined(K25_WITH_CUDA)
+#include "common/cuda_device.h"
+#endif
 
 namespace {
 
@@ -110,11 +113,24 @@ void bind_cpu_machine(py::module_& module) {
 
 py::dict cuda_info() {
   py::dict info;
+#if defined(K25_WITH_CUDA)
+  info["built"] = true;
+  info["num_devices"] = cuda::num_devices();
+#else
   info["built"] = false;
-  info["reason"] = K25_CUDA_REASON;
   info["num_devices"] = 0;
+#endif
+  info["reason"] = K25_CUDA_REASON;
   return info;
 }
+
+#if defined(K25_WITH_CUDA)
+void bind_cuda(py::module_ module) {
+  bind_ops<Stream>(module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch,
+                            cuda::combine, cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward});
+  module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
+}
+#endif
 
 }  // namespace
 
@@ -129,4 +145,7 @@ PYBIND11_MODULE(_C, module) {
   bind_ops<int>(cpu_module, {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch,
                              cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward});
   bind_expert_mlp(cpu_module);
+#if defined(K25_WITH_CUDA)
+  bind_cuda(module.def_submodule("cuda"));
+#endif
 }
