@@ -117,3 +117,19 @@ def first_difference(a: Tensor, b: Tensor) -> str:
         return ""
     at = tuple(different[0].tolist())
     return f"{len(different)} of {a.numel()} differ, first at {at}: {a[at].item()} against {b[at].item()}"
+
+
+def check_routing(case: MoeCase, weights: Tensor, experts: Tensor, scale: float) -> None:
+    """Raises unless the choice and the weights are those of the formula, for the case's logits and bias."""
+    t = case.tensors()
+    scores = t.logits_TE.double().sigmoid()
+    keys = scores + t.bias_E.double()
+    ids = experts.long()
+    assert ((ids >= 0) & (ids < case.num_experts)).all()
+    assert all(len(set(row)) == case.top_k for row in ids.tolist()), "an expert was chosen twice"
+    best = keys.sort(dim=-1, descending=True).values[:, : case.top_k]
+    # An expert whose key ties to within rounding may stand for another: compare keys, not ids.
+    torch.testing.assert_close(keys.gather(1, ids), best, rtol=0, atol=5e-7)
+    chosen = scores.gather(1, ids)
+    expected = chosen / chosen.sum(-1, keepdim=True) * scale
+    assert relative_error(weights, expected) <= (1e-13 if case.dtype == torch.float64 else 5e-7)

@@ -7,24 +7,9 @@ from hypothesis import strategies as st
 
 from k25sys import ops
 from k25sys.ops import native
-from tests.ops.generators import MoeCase, first_difference, moe_cases, relative_error
+from tests.ops.generators import MoeCase, check_routing, first_difference, moe_cases, relative_error
 
 ISAS = [*native._C.cpu.available_isas(), "emulated_bf16"]
-
-
-def check_routing(case: MoeCase, weights: torch.Tensor, experts: torch.Tensor, scale: float) -> None:
-    t = case.tensors()
-    scores = t.logits_TE.double().sigmoid()
-    keys = scores + t.bias_E.double()
-    ids = experts.long()
-    assert ((ids >= 0) & (ids < case.num_experts)).all()
-    assert all(len(set(row)) == case.top_k for row in ids.tolist()), "an expert was chosen twice"
-    best = keys.sort(dim=-1, descending=True).values[:, : case.top_k]
-    # An expert whose key ties to within rounding may stand for another: compare keys, not ids.
-    torch.testing.assert_close(keys.gather(1, ids), best, rtol=0, atol=5e-7)
-    chosen = scores.gather(1, ids)
-    expected = chosen / chosen.sum(-1, keepdim=True) * scale
-    assert relative_error(weights, expected) <= (1e-13 if case.dtype == torch.float64 else 5e-7)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,0 +1,169 @@
+"""Builds the executor: csrc's .cu files through nvcc's PTX and through g++, with the runtime, as a Python module.
+
+Everything lies in build/cuda_on_cpu under the hash of what it was made from, so a second run compiles nothing and a
+planted bug recompiles one op.
+"""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+from tests.cuda_on_cpu.ptx.translate import translate
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+RUNTIME = Path(__file__).resolve().parent / "runtime"
+OPS = ("dispatch", "plan_dispatch", "route_tokens", "swiglu")
+
+_CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
+_WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+_SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def find_nvcc() -> str | None:
+    """nvcc as setup.py looks for it: K25_CUDA_HOME, CUDA_HOME, PATH."""
+    for home in (os.environ.get("K25_CUDA_HOME"), os.environ.get("CUDA_HOME")):
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def _digest(parts: Sequence[str], files: Sequence[Path]) -> str:
+    hasher = hashlib.sha256("\0".join(parts).encode())
+    for file in files:
+        hasher.update(file.name.encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()[:24]
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def _made(suffix: str, parts: Sequence[str], files: Sequence[Path], make: Callable[[Path], object]) -> Path:
+    """The file that make(path) writes, or the one that it wrote for the same `parts` and `files`."""
+    folder = ROOT / "build" / "cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / (_digest(parts, files) + suffix)
+    if not target.exists():
+        partial = target.with_name(f"{os.getpid()}-{target.name}")
+        make(partial)
+        partial.rename(target)
+    return target
+
+
+def _sources_of(csrc: Path, op: str) -> list[Path]:
+    folders = (csrc / "common", csrc / op)
+    return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".h", ".cuh", ".cu"))
+
+
+def _runtime_headers() -> list[Path]:
+    return sorted(RUNTIME.glob("*.h"))
+
+
+def _compile(source: Path, dependencies: Sequence[Path], includes: Sequence[Path | str], flags: Sequence[str]) -> Path:
+    command = [*_CXX, *flags]
+    paths = [f"-I{folder}" for folder in includes]
+    make = lambda target: _run([*command, *paths, "-x", "c++", "-c", source, "-o", target])  # noqa: E731
+    return _made(".o", command, [source, *dependencies], make)
+
+
+def ptx_of(csrc: Path, op: str) -> Path:
+    """The PTX that nvcc writes for one op, with the flags of the real build."""
+    nvcc = find_nvcc()
+    assert nvcc
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-ptx"]
+    make = lambda target: _run([*command, f"-I{csrc}", csrc / op / "cuda.cu", "-o", target])  # noqa: E731
+    return _made(".ptx", [_version(nvcc), *command[1:], op], _sources_of(csrc, op), make)
+
+
+def resource_usage(op: str) -> str:
+    """What ptxas says of each kernel of one op: registers, spills, stack."""
+    nvcc = find_nvcc()
+    assert nvcc
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v"]
+
+    def make(target: Path) -> None:
+        text = _run([*command, f"-I{CSRC}", CSRC / op / "cuda.cu", "-o", f"{target}.cubin"])
+        Path(f"{target}.cubin").unlink()
+        target.write_text(text)
+
+    return _made(".usage", [_version(nvcc), *command[1:], op], _sources_of(CSRC, op), make).read_text()
+
+
+def _version(nvcc: str) -> str:
+    return _run([nvcc, "--version"])
+
+
+def translated_object(ptx: Path) -> Path:
+    """The translated PTX, compiled. Raises PtxError for what the translator does not know."""
+    translator = sorted((RUNTIME.parent / "ptx").glob("*.py"))
+    cpp = _made(".cpp", [], [ptx, *translator], lambda target: target.write_text(translate(ptx.read_text())))
+    return _compile(cpp, _runtime_headers(), [RUNTIME], ["-w"])
+
+
+def _source_object(csrc: Path, op: str, flags: Sequence[str] = ()) -> Path:
+    dependencies = [*_sources_of(csrc, op), *_runtime_headers()]
+    return _compile(csrc / op / "cuda.cu", dependencies, [csrc, RUNTIME], [*_WARNINGS, *flags])
+
+
+def _runtime_objects(flags: Sequence[str] = ()) -> list[Path]:
+    names = ("executor.cpp", "memory.cpp", "ptx_launch.cpp")
+    return [_compile(RUNTIME / name, _runtime_headers(), [RUNTIME], ["-O2", *_WARNINGS, *flags]) for name in names]
+
+
+def _module(objects: Sequence[Path], flags: Sequence[str]) -> ModuleType:
+    includes = [CSRC, RUNTIME, pybind11.get_include(), sysconfig.get_path("include")]
+    headers = [*_runtime_headers(), *sorted(CSRC.glob("*/api.h")), CSRC / "bindings.h"]
+    binding = _compile(RUNTIME / "module.cpp", headers, includes, ["-O0", "-fvisibility=hidden", *flags])
+    parts = [binding, *_runtime_objects(), *objects]
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    make = lambda target: _run(["g++", "-shared", "-Wl,-Bsymbolic", *parts, "-o", target, "-ldl"])  # noqa: E731
+    path = _made(suffix, [part.name for part in parts], [], make)
+    loader = importlib.machinery.ExtensionFileLoader("cuda_on_cpu_executor", str(path))
+    spec = importlib.util.spec_from_loader("cuda_on_cpu_executor", loader)
+    assert spec
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def executor_module(csrc: Path = CSRC) -> ModuleType:
+    """Every op of `csrc`, in both executors."""
+    with ThreadPoolExecutor(2) as pool:
+        translated = [pool.submit(lambda op=op: translated_object(ptx_of(csrc, op))) for op in OPS]
+        sources = [pool.submit(_source_object, csrc, op) for op in OPS]
+        return _module([job.result() for job in (*translated, *sources)], [])
+
+
+def kernels_module(ptx_text: str) -> ModuleType:
+    """The kernels of a PTX text alone, to be run with `run_kernel`."""
+    ptx = _made(".ptx", [ptx_text], [], lambda target: target.write_text(ptx_text))
+    return _module([translated_object(ptx)], ["-DCUDA_ON_CPU_KERNELS_ONLY"])
+
+
+def sanitizer_program(kind: str, csrc: Path = CSRC) -> Path:
+    """sanitize_main.cpp with the ops compiled from source under a sanitizer (address or thread)."""
+    flags = [*_SANITIZERS[kind], "-g", "-O1"]
+    # ThreadSanitizer must not see the runtime: it is told what a barrier orders.
+    runtime_flags = ["-DCUDA_ON_CPU_TSAN", "-g"] if kind == "thread" else flags
+    headers = [*_runtime_headers(), *sorted(csrc.glob("*/api.h"))]
+    main = _compile(RUNTIME / "sanitize_main.cpp", headers, [csrc, RUNTIME], [*_WARNINGS, *flags])
+    parts = [main, *(_source_object(csrc, op, flags) for op in OPS), *_runtime_objects(runtime_flags)]
+    command = ["g++", *_SANITIZERS[kind], "-rdynamic", *parts, "-ldl", "-o"]
+    return _made("", [*_SANITIZERS[kind], *(part.name for part in parts)], [], lambda target: _run([*command, target]))

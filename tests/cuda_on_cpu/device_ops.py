@@ -1,0 +1,117 @@
+"""Calls the executor's ops with tensors: allocates outputs full of garbage and registers every buffer with its size."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from k25sys.ops import DispatchPlan, checks, native
+
+ORDERS = (("in_order", 0), ("reverse", 0), ("random", 1), ("random", 2))
+
+
+class DeviceOps:
+    """The ops of one executor module. `shift` moves each tensor by so many elements from an aligned address."""
+
+    def __init__(
+        self, module: ModuleType, executor: str, order: str = "in_order", seed: int = 0, shift: int = 0
+    ) -> None:
+        self.module = module
+        self.shift = shift
+        self._options = (order, seed, executor)
+
+    def _place(self, value: Tensor) -> Tensor:
+        space = torch.empty(value.numel() + self.shift, dtype=value.dtype)
+        placed = space[self.shift :].view(value.shape)
+        return placed.copy_(value)
+
+    def _garbage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        empty = torch.empty(shape, dtype=dtype)
+        return self._place(empty.fill_(float("nan") if dtype.is_floating_point else -0x5A5A5A5A))
+
+    def _call(self, op: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], arguments: list[object]) -> None:
+        """Tensors among `arguments` become their addresses."""
+        self.module.set_options(*self._options)
+        self.module.clear_buffers()
+        for writable, tensors in ((False, inputs), (True, outputs)):
+            for name, value in tensors.items():
+                self.module.register_buffer(name, value.data_ptr(), value.nbytes, writable)
+        flat = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        getattr(self.module, op)(*flat, 0)
+
+    def route_tokens(self, logits: Tensor, bias: Tensor, *, top_k: int, scale: float) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits.shape
+        inputs = {"logits": self._place(logits), "bias": self._place(bias)}
+        outputs = {
+            "weights": self._garbage((tokens, top_k), checks.routing_dtype(logits.dtype)),
+            "experts": self._garbage((tokens, top_k), torch.int32),
+        }
+        sizes = [native.DTYPE_CODES[logits.dtype], tokens, experts, top_k, scale]
+        self._call("route_tokens", inputs, outputs, [*inputs.values(), *outputs.values(), *sizes])
+        return outputs["weights"], outputs["experts"]
+
+    def route_tokens_backward(self, grad: Tensor, logits: Tensor, experts: Tensor, *, scale: float) -> Tensor:
+        inputs = {name: self._place(v) for name, v in (("grad", grad), ("logits", logits), ("experts", experts))}
+        outputs = {"grad_logits": self._garbage(tuple(logits.shape), logits.dtype)}
+        sizes = [native.DTYPE_CODES[logits.dtype], *logits.shape, experts.shape[1], scale]
+        self._call("route_tokens_backward", inputs, outputs, [*inputs.values(), *outputs.values(), *sizes])
+        return outputs["grad_logits"]
+
+    def plan_dispatch(self, experts: Tensor, num_experts: int) -> DispatchPlan:
+        tokens, top_k = experts.shape
+        rows = tokens * top_k
+        inputs = {"experts": self._place(experts)}
+        shapes = {"tokens_per_expert": (num_experts,), "offsets": (num_experts + 1,), "slot_of_row": (rows,)}
+        shapes["row_of_slot"] = (tokens, top_k)
+        shapes["workspace"] = (self.module.plan_dispatch_workspace(rows, num_experts),)
+        outputs = {name: self._garbage(shape, torch.int32) for name, shape in shapes.items()}
+        *results, workspace = outputs.values()
+        sizes = [experts.dtype == torch.int64, tokens, num_experts, top_k]
+        self._call("plan_dispatch", inputs, outputs, [*inputs.values(), *sizes, *results, workspace])
+        return DispatchPlan(num_experts, top_k, *results)
+
+    def dispatch(self, x: Tensor, plan: DispatchPlan) -> Tensor:
+        inputs = {"x": self._place(x), "slot_of_row": self._place(plan.slot_of_row_M)}
+        rows = self._garbage((len(plan.slot_of_row_M), x.shape[1]), x.dtype)
+        sizes = [x.shape[0], rows.shape[0], x.shape[1], plan.top_k, native.DTYPE_CODES[x.dtype]]
+        self._call("dispatch", inputs, {"rows": rows}, [*inputs.values(), rows, *sizes])
+        return rows
+
+    def combine(self, rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
+        inputs = {"rows": self._place(rows), "row_of_slot": self._place(plan.row_of_slot_TK)}
+        if weights is not None:
+            inputs["weights"] = self._place(weights)
+        out = self._garbage((plan.num_tokens, rows.shape[1]), rows.dtype)
+        sizes = [plan.num_tokens, *rows.shape, plan.top_k, native.DTYPE_CODES[rows.dtype]]
+        arguments = [inputs["rows"], inputs.get("weights", 0), inputs["row_of_slot"], out, *sizes]
+        self._call("combine", inputs, {"out": out}, arguments)
+        return out
+
+    def combine_backward(
+        self, grad_out: Tensor, rows: Tensor, weights: Tensor, plan: DispatchPlan
+    ) -> tuple[Tensor, Tensor]:
+        named = {"grad_out": grad_out, "rows": rows, "weights": weights, "slot_of_row": plan.slot_of_row_M}
+        inputs = {name: self._place(value) for name, value in named.items()}
+        outputs = {
+            "grad_rows": self._garbage(tuple(rows.shape), rows.dtype),
+            "grad_weights": self._garbage(tuple(weights.shape), weights.dtype),
+        }
+        sizes = [plan.num_tokens, *rows.shape, plan.top_k, native.DTYPE_CODES[rows.dtype]]
+        self._call("combine_backward", inputs, outputs, [*inputs.values(), *outputs.values(), *sizes])
+        return outputs["grad_rows"], outputs["grad_weights"]
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        inputs = {"gate_up": self._place(gate_up)}
+        act = self._garbage((rows, width), gate_up.dtype)
+        sizes = [rows, width, native.DTYPE_CODES[gate_up.dtype]]
+        self._call("swiglu", inputs, {"act": act}, [*inputs.values(), act, *sizes])
+        return act
+
+    def swiglu_backward(self, grad_act: Tensor, gate_up: Tensor) -> Tensor:
+        rows, width = grad_act.shape
+        inputs = {"grad_act": self._place(grad_act), "gate_up": self._place(gate_up)}
+        grad = self._garbage(tuple(gate_up.shape), gate_up.dtype)
+        sizes = [rows, width, native.DTYPE_CODES[gate_up.dtype]]
+        self._call("swiglu_backward", inputs, {"grad_gate_up": grad}, [*inputs.values(), grad, *sizes])
+        return grad

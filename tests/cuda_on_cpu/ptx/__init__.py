@@ -1,0 +1,1 @@
+"""PTX text to C++ that runs on the executor."""

@@ -1,0 +1,155 @@
+"""Reads the PTX that nvcc writes: entries, their parameters, registers and statements, each with its line."""
+
+import re
+from dataclasses import dataclass, field
+
+
+class PtxError(Exception):
+    """PTX that the translator does not know, with its line. It never guesses."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """`@guard opcode operands`; the guard may be negated, and is "" where there is none."""
+
+    line: int
+    guard: str
+    opcode: str
+    operands: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Label:
+    name: str
+
+
+@dataclass(frozen=True)
+class Registers:
+    """`.reg .type names`: the width is all that matters, in bits; 1 is a predicate."""
+
+    width: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """`{` or `}`."""
+
+    opens: bool
+
+
+Statement = Instruction | Label | Registers | Scope
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel."""
+
+    symbol: str
+    parameters: tuple[str, ...]
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Module:
+    entries: tuple[Entry, ...]
+    dynamic_shared: frozenset[str] = field(default_factory=frozenset)
+
+
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", re.S)
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)(?:\[\d+\])?")
+_HINTS = ('.pragma "nounroll"',)  # they mean nothing to the result
+_KNOWN_DIRECTIVES = re.compile(r"\s*(\.(maxntid|reqntid|minnctapersm|maxnreg)[ \d,]*\s*)*")
+
+
+def parse(text: str) -> Module:
+    """Raises PtxError for what is not understood outside instructions; the translator checks those."""
+    text = re.sub(r"//[^\n]*", "", text)
+    for unknown in re.finditer(r"^\s*(?:\.visible\s+|\.extern\s+|\.weak\s+)*\.(func|const|global)\b[^\n]*", text, re.M):
+        raise PtxError(f"line {_line(text, unknown.start())}: unsupported declaration {unknown[0].strip()!r}")
+    dynamic = set()
+    for shared in re.finditer(r"^\s*(\.extern\s+)?\.shared[^\n]*?([\w$]+)\[(\d*)\];", text, re.M):
+        if not shared[1] or shared[3]:
+            where = _line(text, shared.start())
+            raise PtxError(f"line {where}: static shared memory {shared[2]!r}; kernels use the dynamic block only")
+        dynamic.add(shared[2])
+    entries = [_entry(text, match) for match in _ENTRY.finditer(text)]
+    return Module(tuple(entries), frozenset(dynamic))
+
+
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _entry(text: str, match: re.Match[str]) -> Entry:
+    if not _KNOWN_DIRECTIVES.fullmatch(match[3]):
+        raise PtxError(f"line {_line(text, match.end())}: unsupported directive in {match[3].strip()!r}")
+    parameters = tuple(_PARAMETER.findall(match[2]))
+    return Entry(match[1], parameters, tuple(_statements(text, match.end())))
+
+
+def _statements(text: str, position: int) -> list[Statement]:
+    """From behind the entry's `{` to its `}`."""
+    statements: list[Statement] = []
+    depth, start = 1, position
+    while True:
+        char = text[position]
+        pending = text[start:position].strip()
+        position += 1
+        if char in "{}" and not pending:
+            depth += 1 if char == "{" else -1
+            if depth == 0:
+                return statements
+            statements.append(Scope(char == "{"))
+        elif char == ":" and re.fullmatch(r"[\w$]+", pending):
+            statements.append(Label(pending))
+        elif char == ";" and pending in _HINTS:
+            pass
+        elif char == ";":
+            statements.append(_statement(pending, _line(text, start + len(text[start:position]) - 1)))
+        else:
+            continue
+        start = position
+
+
+def _statement(text: str, line: int) -> Statement:
+    if text.startswith(".reg"):
+        match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S)
+        if not match:
+            raise PtxError(f"line {line}: unsupported declaration {text!r}")
+        return Registers(_width(match[1], line), tuple(_register_names(match[2])))
+    if text.startswith("."):
+        raise PtxError(f"line {line}: unsupported directive {text!r}")
+    match = re.fullmatch(r"(?:@(!?%[\w$]+)\s+)?(\S+)\s*(.*)", text, re.S)
+    assert match
+    return Instruction(line, match[1] or "", match[2], tuple(split_operands(match[3])))
+
+
+def _width(kind: str, line: int) -> int:
+    if kind == "pred":
+        return 1
+    match = re.fullmatch(r"[busf](8|16|32|64)", kind)
+    if not match:
+        raise PtxError(f"line {line}: unsupported register type .{kind}")
+    return int(match[1])
+
+
+def _register_names(text: str) -> list[str]:
+    names: list[str] = []
+    for part in text.split(","):
+        ranged = re.fullmatch(r"(%[\w$]+)<(\d+)>", part.strip())
+        names += [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged else [part.strip()]
+    return names
+
+
+def split_operands(text: str) -> list[str]:
+    """At the commas outside brackets."""
+    operands, depth, current = [], 0, ""
+    for char in text:
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(char, 0)
+        if char == "," and depth == 0:
+            operands.append(current.strip())
+            current = ""
+        else:
+            current += char
+    return [*operands, current.strip()] if current.strip() else operands
