@@ -10,18 +10,18 @@
 #include <string>
 
 namespace k25::cuda {
-inline void check_launch(const char* kernel) {
+inline void check_launch(const char* where) {
   const cudaError_t status = cudaGetLastError();
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(kernel) + ": launch failed: " + cudaGetErrorString(status));
+    throw std::runtime_error(std::string(where) + ": launch failed: " + cudaGetErrorString(status));
   }
 }
 }  // namespace k25::cuda
 
-#define K25_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                       \
-  do {                                                                                                   \
-    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);         \
-    ::k25::cuda::check_launch(#kernel);                                                                  \
+#define K25_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                               \
+  do {                                                                                           \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::k25::cuda::check_launch(__PRETTY_FUNCTION__);                                              \
   } while (0)
 #else
 #include "cuda_on_cpu.h"

@@ -41,6 +41,13 @@ __device__ __forceinline__ uint32_t to_bf16_pair(float low, float high) {
   return pair;
 }
 
+// One 16-byte store to global memory: nvcc splits the assignment of a uint4 where it has its words in registers.
+__device__ __forceinline__ void store_words(uint4* p, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
   extern __shared__ uint4 block_shared_memory[];
@@ -103,7 +110,7 @@ __device__ __forceinline__ void store(Element* p, const ScalarOf<Element> (&valu
   if constexpr (kCount == 1) {
     store_one(p, values[0]);
   } else {
-    *reinterpret_cast<uint4*>(p) = pack(values);
+    store_words(reinterpret_cast<uint4*>(p), pack(values));
   }
 }
 

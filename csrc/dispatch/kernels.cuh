@@ -9,6 +9,12 @@ namespace k25::cuda {
 constexpr int kRowWarps = 8;          // warps of a block that works on a row each
 constexpr int kCombineThreads = 128;  // threads of a block that works on one token's columns
 
+template <class Unit>
+__device__ __forceinline__ void store_unit(Unit* p, Unit value) {
+  *p = value;
+}
+__device__ __forceinline__ void store_unit(uint4* p, uint4 value) { store_words(p, value); }
+
 // rows[m] = x[slot_of_row[m] / K], a warp for each row. Unit is a 16-byte word, or one element.
 template <class Unit>
 __global__ void __launch_bounds__(kRowWarps* kWarpSize) dispatch_kernel(Dispatch p, int64_t units_per_row) {
@@ -26,9 +32,9 @@ __global__ void __launch_bounds__(kRowWarps* kWarpSize) dispatch_kernel(Dispatch
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) units[j] = __ldg(from + i + j * kWarpSize);
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) to[i + j * kWarpSize] = units[j];
+    for (int j = 0; j < kInFlight; ++j) store_unit(to + i + j * kWarpSize, units[j]);
   }
-  for (; i < units_per_row; i += kWarpSize) to[i] = __ldg(from + i);
+  for (; i < units_per_row; i += kWarpSize) store_unit(to + i, __ldg(from + i));
 }
 
 // out[t] = sum over k = 0, 1, ... of weights[t][k] * rows[row_of_slot[t][k]]: a block for a token and a part of its

@@ -17,7 +17,8 @@ void launch(const PlanDispatch& p, Stream stream) {
   const auto count = &count_slots_kernel<Id>;
   const auto place = &place_slots_kernel<Id>;
   K25_LAUNCH(count, slot_grid, kPlanThreads, counts_bytes, stream, p, sizes);
-  K25_LAUNCH(scan_blocks_kernel, dim3(unsigned(p.num_experts)), kPlanThreads, warp_sums_bytes, stream, p, sizes);
+  K25_LAUNCH(scan_blocks_kernel, dim3(unsigned(ceil_div(p.num_experts, kPlanWarps))), kPlanThreads, 0, stream, p,
+             sizes);
   K25_LAUNCH(place, slot_grid, kPlanThreads, kPlanWarps * counts_bytes + warp_sums_bytes, stream, p, sizes);
 }
 

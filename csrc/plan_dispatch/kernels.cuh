@@ -60,17 +60,23 @@ __global__ void __launch_bounds__(kPlanThreads) count_slots_kernel(PlanDispatch 
   }
 }
 
+// For each lane, the sum over the lanes up to it.
+__device__ __forceinline__ int32_t warp_inclusive_scan(int32_t value) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int32_t before = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += before;
+  }
+  return value;
+}
+
 // For each thread, the sum over the threads before it; `total` gets the block's sum. `warp_sums` is (kPlanWarps) of
 // shared memory, free again after the next __syncthreads.
 __device__ __forceinline__ int32_t block_exclusive_scan(int32_t value, int32_t* warp_sums, int32_t& total) {
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  int32_t inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpSize; distance *= 2) {
-    const int32_t before = __shfl_up_sync(kAllLanes, inclusive, distance);
-    if (lane >= distance) inclusive += before;
-  }
+  const int32_t inclusive = warp_inclusive_scan(value);
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
   int32_t before_warp = 0;
@@ -83,20 +89,21 @@ __device__ __forceinline__ int32_t block_exclusive_scan(int32_t value, int32_t* 
   return before_warp + inclusive - value;
 }
 
-// A block for each expert: its counts become the sums over the blocks before, and its total is written.
+// A warp for each expert: its counts become the sums over the blocks before, and its total is written.
 __global__ void __launch_bounds__(kPlanThreads) scan_blocks_kernel(PlanDispatch p, PlanSizes sizes) {
-  int32_t* warp_sums = static_cast<int32_t*>(shared_memory());
-  int32_t* counts = p.workspace + blockIdx.x * sizes.num_blocks;
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t e = int64_t(blockIdx.x) * kPlanWarps + threadIdx.x / kWarpSize;
+  if (e >= sizes.num_experts) return;
+  int32_t* counts = p.workspace + e * sizes.num_blocks;
   int32_t carried = 0;
-  for (int64_t first = 0; first < sizes.num_blocks; first += kPlanThreads) {
-    const int64_t b = first + threadIdx.x;
-    int32_t total;
-    const int32_t before = block_exclusive_scan(b < sizes.num_blocks ? counts[b] : 0, warp_sums, total);
-    if (b < sizes.num_blocks) counts[b] = carried + before;
-    carried += total;
-    __syncthreads();
+  for (int64_t first = 0; first < sizes.num_blocks; first += kWarpSize) {
+    const int64_t b = first + lane;
+    const int32_t count = b < sizes.num_blocks ? counts[b] : 0;
+    const int32_t inclusive = warp_inclusive_scan(count);
+    if (b < sizes.num_blocks) counts[b] = carried + inclusive - count;
+    carried += __shfl_sync(kAllLanes, inclusive, kWarpSize - 1);
   }
-  if (threadIdx.x == 0) p.tokens_per_expert[blockIdx.x] = carried;
+  if (lane == 0) p.tokens_per_expert[e] = carried;
 }
 
 // next[w][e] becomes the row where warp w of this block puts its first slot of expert e.

@@ -135,8 +135,10 @@ def _module(objects: Sequence[Path], flags: Sequence[str]) -> ModuleType:
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     make = lambda target: _run(["g++", "-shared", "-Wl,-Bsymbolic", *parts, "-o", target, "-ldl"])  # noqa: E731
     path = _made(suffix, [part.name for part in parts], [], make)
-    loader = importlib.machinery.ExtensionFileLoader("cuda_on_cpu_executor", str(path))
-    spec = importlib.util.spec_from_loader("cuda_on_cpu_executor", loader)
+    # pybind11 keeps modules by full name, the file's function PyInit_* is found by the last part of it.
+    name = f"built_{path.name.split('.')[0]}.cuda_on_cpu_executor"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -61,7 +61,11 @@ class DeviceOps:
         tokens, top_k = experts.shape
         rows = tokens * top_k
         inputs = {"experts": self._place(experts)}
-        shapes = {"tokens_per_expert": (num_experts,), "offsets": (num_experts + 1,), "slot_of_row": (rows,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "tokens_per_expert": (num_experts,),
+            "offsets": (num_experts + 1,),
+            "slot_of_row": (rows,),
+        }
         shapes["row_of_slot"] = (tokens, top_k)
         shapes["workspace"] = (self.module.plan_dispatch_workspace(rows, num_experts),)
         outputs = {name: self._garbage(shape, torch.int32) for name, shape in shapes.items()}

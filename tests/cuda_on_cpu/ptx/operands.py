@@ -37,6 +37,7 @@ class Context:
     def __init__(self, dynamic_shared: frozenset[str], parameters: tuple[str, ...]) -> None:
         self.dynamic_shared = dynamic_shared
         self.parameters = parameters
+        self.registers: set[str] = set()  # all that the entry declares
         self.line = 0
 
     def read(self, operand: str, kind: str) -> str:
@@ -46,7 +47,7 @@ class Context:
             return f"{cpp}({_SPECIAL[operand]})"
         if operand.startswith("!") and kind == "pred":
             return f"!{self.read(operand[1:], kind)}"
-        if re.fullmatch(r"%[\w$]+", operand):
+        if operand in self.registers:
             return f"as<{cpp}>({identifier(operand)})"
         if match := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", operand):
             return f"as<{cpp}>(uint32_t(0x{match[1]}u))"
@@ -63,7 +64,7 @@ class Context:
         """The statement that writes a register; `_` discards."""
         if operand == "_":
             return f"static_cast<void>({expression});"
-        if not re.fullmatch(r"%[\w$]+", operand):
+        if operand not in self.registers:
             raise ValueError(f"destination {operand!r}")
         return f"put({identifier(operand)}, {expression});"
 

@@ -24,6 +24,7 @@ def _function(module: Module, entry: Entry, name: str) -> str:
     depth = 0
     for statement in entry.statements:
         if isinstance(statement, Registers):
+            context.registers.update(statement.names)
             # Inside a scope without an initial value: C++ lets a goto pass such a declaration.
             start = "" if depth else " = ~0" if statement.width > 1 else " = false"
             for register in statement.names:

@@ -112,6 +112,10 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return cuda_on_cpu::shuffle("shfl.sync.bfly", mask, value, cuda_on_cpu::lane() ^ distance);
 }
 template <class T>
+T __shfl_sync(unsigned mask, T value, int source_lane) {
+  return cuda_on_cpu::shuffle("shfl.sync.idx", mask, value, source_lane);
+}
+template <class T>
 T __shfl_up_sync(unsigned mask, T value, int distance) {
   const int lane = cuda_on_cpu::lane();
   return cuda_on_cpu::shuffle("shfl.sync.up", mask, value, lane < distance ? lane : lane - distance);
@@ -146,5 +150,6 @@ namespace k25::cuda {
 inline uint32_t to_bf16_pair(float low, float high) {
   return uint32_t(cuda_on_cpu::to_bf16(high)) << 16 | cuda_on_cpu::to_bf16(low);
 }
+inline void store_words(uint4* p, uint4 words) { *p = words; }
 inline void* shared_memory() { return cuda_on_cpu::shared_memory(); }
 }  // namespace k25::cuda

@@ -26,7 +26,6 @@ void __tsan_acquire(void*);
 void __tsan_release(void*);
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 }
 #endif
@@ -71,11 +70,12 @@ enum class Status { ready, waiting, done };
 struct Fiber {
   ThreadState state;
   Status status;
-  std::string waits_for;
+  const char* waits_for;  // with the barrier's number or the collective's mask
+  uint32_t waits_for_number;
   char* stack = nullptr;
   void* stack_pointer;
   void* asan_fake_stack;
-  void* tsan_fiber;
+  void* tsan_fiber = nullptr;
 };
 
 struct Warp {
@@ -175,10 +175,12 @@ void fiber_main() {
   std::abort();  // a finished fiber is never resumed
 }
 
-void wait(Machine& m, const std::string& what) {
+// Allocates nothing, as all that runs on a fiber: ThreadSanitizer would take the allocator's reuse for a race.
+void wait(Machine& m, const char* what, uint32_t number) {
   Fiber& self = m.fibers[m.running];
   self.status = Status::waiting;
   self.waits_for = what;
+  self.waits_for_number = number;
   switch_to_main(m);
 }
 
@@ -209,7 +211,10 @@ std::string hex(uint32_t value) {
 std::string deadlock_report(const Machine& m) {
   std::map<std::string, std::vector<int>> waiting;
   for (int i = 0; i < m.num_threads; ++i) {
-    if (m.fibers[i].status == Status::waiting) waiting[m.fibers[i].waits_for].push_back(i);
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.status == Status::waiting) {
+      waiting[std::string(fiber.waits_for) + " " + hex(fiber.waits_for_number)].push_back(i);
+    }
   }
   std::string report = "deadlock in block " + std::to_string(m.fibers[0].state.block_index) + ":";
   for (const auto& [what, threads] : waiting) {
@@ -238,7 +243,7 @@ void prepare_fiber(Machine& m, int thread) {
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
 #if defined(CUDA_ON_CPU_TSAN)
-  fiber.tsan_fiber = __tsan_create_fiber(0);
+  if (!fiber.tsan_fiber) fiber.tsan_fiber = __tsan_create_fiber(0);  // as costly as a thread: kept
 #endif
 }
 
@@ -266,7 +271,10 @@ void prepare_block(Machine& m, dim3 grid, dim3 block, uint64_t block_index) {
   prepare_shared_memory(m);
   if (m.options.use_ptx) start_block_memory();
   m.warps.assign(size_t(m.num_threads + kWarpSize - 1) / kWarpSize, Warp());
-  for (auto& barrier : m.barriers) barrier.clear();
+  for (auto& barrier : m.barriers) {
+    barrier.clear();
+    barrier.reserve(kMaxThreads);
+  }
   m.block_epoch = 0;
   m.num_live = m.num_threads;
   const dim3 position(unsigned(block_index % grid.x), unsigned(block_index / grid.x % grid.y),
@@ -295,14 +303,6 @@ void run_block(Machine& m) {
     }
     if (!progress) throw Error(m.kernel + ": " + deadlock_report(m));
   }
-}
-
-void destroy_fibers(Machine& m) {
-#if defined(CUDA_ON_CPU_TSAN)
-  for (int i = 0; i < m.num_threads; ++i) __tsan_destroy_fiber(m.fibers[i].tsan_fiber);
-#else
-  (void)m;
-#endif
 }
 
 }  // namespace
@@ -351,9 +351,8 @@ void run_grid(const std::string& kernel, dim3 grid, dim3 block, size_t shared_by
   for (const uint64_t block_index : blocks) {
     prepare_block(m, grid, block, block_index);
     run_block(m);
-    destroy_fibers(m);
+    acquire(&m.done_tag);  // the next block uses the same stacks
   }
-  acquire(&m.done_tag);
 }
 
 void block_barrier(int id) {
@@ -364,7 +363,7 @@ void block_barrier(int id) {
   if (int(m.barriers[id].size()) >= m.num_live) {
     open_barrier(m, id);
   } else {
-    wait(m, "bar.sync " + std::to_string(id));
+    wait(m, "bar.sync", uint32_t(id));
   }
   acquire(&m.barrier_tag[id]);
 }
@@ -399,7 +398,7 @@ void warp_exchange(const char* what, uint32_t mask, uint64_t value, uint64_t val
       if (i != lane && mask >> i & 1) wake(m, first + i);
     }
   } else {
-    wait(m, std::string(what) + " with mask " + hex(mask));
+    wait(m, what, mask);
   }
   acquire(&m.warp_tag[thread / kWarpSize]);
   std::memcpy(values, warp.results[parity].data(), sizeof(warp.values));

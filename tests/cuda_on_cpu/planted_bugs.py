@@ -1,0 +1,121 @@
+"""Bugs that the executor must catch: each a substitution in a copy of csrc."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cuda_on_cpu.build import CSRC
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedBug:
+    """`old` becomes `new` in csrc/`file`; `caught_as` is what the PTX executor's error says, "" for a wrong result."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_as: str
+
+    def plant(self, folder: Path) -> Path:
+        """A copy of csrc in `folder` with the bug. Raises ValueError unless `old` occurs exactly once."""
+        copy = folder / "csrc"
+        shutil.copytree(CSRC, copy)
+        text = (copy / self.file).read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in {self.file}")
+        (copy / self.file).write_text(text.replace(self.old, self.new))
+        return copy
+
+
+DROPPED_BARRIER = PlantedBug(
+    name="no __syncthreads between zeroing and counting",
+    file="plan_dispatch/kernels.cuh",
+    old="counts[e] = 0;\n  __syncthreads();",
+    new="counts[e] = 0;",
+    caught_as="race at byte",
+)
+STORE_TOO_FAR = PlantedBug(
+    name="vector store past the end of the row",
+    file="dispatch/kernels.cuh",
+    old="for (; d < p.dim; d += step) {",
+    new="for (; d <= p.dim; d += step) {",
+    caught_as="out of bounds|race at byte",
+)
+PLANTED_BUGS = (
+    DROPPED_BARRIER,
+    STORE_TOO_FAR,
+    PlantedBug(
+        name="no __syncwarp between reading and advancing the next row",
+        file="plan_dispatch/kernels.cuh",
+        old="    __syncwarp();\n    if (exists && rank == 0)",
+        new="    if (exists && rank == 0)",
+        caught_as="race at byte",
+    ),
+    PlantedBug(
+        name="shuffle mask of half a warp",
+        file="common/device.cuh",
+        old="value += __shfl_xor_sync(kAllLanes, value, distance);",
+        new="value += __shfl_xor_sync(0xffffu, value, distance);",
+        caught_as="shfl.sync.bfly.*not in (its|the) mask",
+    ),
+    PlantedBug(
+        name="shuffle that some lanes skip",
+        file="plan_dispatch/kernels.cuh",
+        old="const int32_t before = __shfl_up_sync(kAllLanes, value, distance);\n"
+        "    if (lane >= distance) value += before;",
+        new="if (lane >= distance) value += __shfl_up_sync(kAllLanes, value, distance);",
+        caught_as="while other lanes of the warp wait at|deadlock",
+    ),
+    PlantedBug(
+        name="barrier inside divergent code",
+        file="plan_dispatch/kernels.cuh",
+        old="if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;\n  __syncthreads();",
+        new="if (lane == kWarpSize - 1) {\n    warp_sums[warp] = inclusive;\n    __syncthreads();\n  }",
+        caught_as="deadlock|race at byte",
+    ),
+    PlantedBug(
+        name="warp reduction that stops one step early",
+        file="common/device.cuh",
+        old="  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {\n    value +=",
+        new="  for (int distance = kWarpSize / 2; distance > 1; distance /= 2) {\n    value +=",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="off by one in the unrolled copy",
+        file="dispatch/kernels.cuh",
+        old="i + (kInFlight - 1) * kWarpSize < units_per_row",
+        new="i + (kInFlight - 1) * kWarpSize <= units_per_row",
+        caught_as="out of bounds|race at byte",
+    ),
+    PlantedBug(
+        name="no tail of the copy",
+        file="dispatch/kernels.cuh",
+        old="for (; i < units_per_row; i += kWarpSize) store_unit(to + i, __ldg(from + i));",
+        new="",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="16-byte path without a look at the address",
+        file="dispatch/cuda.cu",
+        old="whole_words(p.dim, p.dtype) && aligned16(p.rows, p.out)",
+        new="whole_words(p.dim, p.dtype)",
+        caught_as="misaligned",
+    ),
+    PlantedBug(
+        name="two warps write one row",
+        file="dispatch/kernels.cuh",
+        old="const Element* row = static_cast<const Element*>(p.rows) + m * p.dim;\n"
+        "  Element* grad_row = static_cast<Element*>(p.grad_rows) + m * p.dim;",
+        new="const Element* row = static_cast<const Element*>(p.rows) + m * p.dim;\n"
+        "  Element* grad_row = static_cast<Element*>(p.grad_rows) + m / 2 * p.dim;",
+        caught_as="race at byte",
+    ),
+    PlantedBug(
+        name="shared memory read before it is written",
+        file="route_tokens/kernels.cuh",
+        old="e += kWarpSize) row[e] = 0;",
+        new="e += 2 * kWarpSize) row[e] = 0;",
+        caught_as="",
+    ),
+)

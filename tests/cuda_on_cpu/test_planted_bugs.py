@@ -1,0 +1,81 @@
+"""The executor catches what it is there for: each planted bug fails, by the check that names it."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from k25sys import ops
+from tests.cuda_on_cpu import build
+from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
+from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, PLANTED_BUGS, PlantedBug
+from tests.ops.generators import MoeCase, relative_error
+
+CASE = MoeCase(
+    num_tokens=40, num_experts=300, top_k=5, dim=400, width=24, dtype=torch.float32, routing="skewed", seed=4
+)
+SHIFTS = (0, 1)  # elements away from an aligned address
+
+
+def wrong_results(device: DeviceOps) -> list[str]:
+    """Names of the ops whose result differs from the reference. A check of the executor raises RuntimeError."""
+    t = CASE.tensors()
+    plan = ops.reference_plan_dispatch(t.experts_TK, CASE.num_experts)
+    _, experts = ops.reference_route_tokens(t.logits_TE, t.bias_E, top_k=5, scale=1.0)
+    logits = t.logits_TE.clone().requires_grad_()
+    ops.reference_route_tokens(logits, t.bias_E, top_k=5, scale=1.0)[0].backward(t.weights_TK)
+    assert logits.grad is not None
+    expected_grad_weights = (t.grad_TD.repeat_interleave(5, 0) * t.rows_MD[plan.row_of_slot_TK.view(-1).long()]).sum(1)
+    pairs = {
+        "plan_dispatch": (device.plan_dispatch(t.experts_TK, CASE.num_experts).row_of_slot_TK, plan.row_of_slot_TK),
+        "dispatch": (device.dispatch(t.x_TD, plan), ops.reference_dispatch(t.x_TD, plan)),
+        "combine": (
+            device.combine(t.rows_MD, t.weights_TK, plan),
+            ops.reference_combine(t.rows_MD, t.weights_TK, plan),
+        ),
+        "combine_backward": (
+            device.combine_backward(t.grad_TD, t.rows_MD, t.weights_TK, plan)[1].view(-1),
+            expected_grad_weights,
+        ),
+        "route_tokens_backward": (
+            device.route_tokens_backward(t.weights_TK, t.logits_TE, experts, scale=1.0),
+            logits.grad,
+        ),
+    }
+    return [op for op, (ours, exact) in pairs.items() if not relative_error(ours, exact) <= 1e-5]
+
+
+def test_without_a_bug_nothing_is_caught(executor: ModuleType) -> None:
+    for name in ("ptx", "source"):
+        for shift in SHIFTS:
+            assert wrong_results(DeviceOps(executor, name, shift=shift)) == []
+
+
+@pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: PlantedBug, tmp_path: Path) -> None:
+    module = build.executor_module(bug.plant(tmp_path))
+    caught = []
+    for shift in SHIFTS:
+        try:
+            caught += wrong_results(DeviceOps(module, "ptx", shift=shift))
+        except RuntimeError as error:
+            caught.append(str(error))
+    assert caught, "not caught"
+    if bug.caught_as:
+        assert any(re.search(bug.caught_as, text) for text in caught), caught
+
+
+def test_a_dropped_barrier_shows_in_the_result_of_some_order_of_the_source(tmp_path: Path) -> None:
+    module = build.executor_module(DROPPED_BARRIER.plant(tmp_path))
+    experts = CASE.tensors().experts_TK
+    reference = ops.reference_plan_dispatch(experts, CASE.num_experts).row_of_slot_TK
+    wrong = []
+    for order, seed in ORDERS:
+        try:
+            plan = DeviceOps(module, "source", order, seed).plan_dispatch(experts, CASE.num_experts)
+            wrong.append(not torch.equal(plan.row_of_slot_TK, reference))
+        except RuntimeError:
+            wrong.append(True)
+    assert any(wrong)
