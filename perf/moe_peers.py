@@ -143,23 +143,79 @@ def transformer_engine(layer: Layer) -> Run:
     return _step(forward, [x, weights, *first.parameters(), *second.parameters()], layer.grad_TD)
 
 
+def _deep_gemm_linear() -> Any:
+    """A grouped linear layer over DeepGEMM's bf16 kernels; rows of an expert start at multiples of its alignment."""
+    import deep_gemm as dg  # pyright: ignore[reportMissingImports]
+
+    class GroupedLinear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rows: Tensor, weight: Tensor, expert_of_row: Tensor, counts: list[int]) -> Tensor:
+            ctx.save_for_backward(rows, weight, expert_of_row)
+            ctx.counts = counts
+            out = rows.new_empty(rows.shape[0], weight.shape[1])
+            dg.m_grouped_bf16_gemm_nt_contiguous(rows, weight, out, expert_of_row)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            rows, weight, expert_of_row = ctx.saved_tensors
+            grad = grads[0].contiguous()
+            grad_rows = torch.empty_like(rows)
+            dg.m_grouped_bf16_gemm_nn_contiguous(grad, weight, grad_rows, expert_of_row)
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            counts = torch.tensor(ctx.counts, dtype=torch.int32, device=rows.device)
+            dg.k_grouped_bf16_gemm_tn_contiguous(grad, rows, grad_weight, ctx.counts, counts, grad_weight)
+            return grad_rows, grad_weight.to(weight.dtype), None, None
+
+    return GroupedLinear
+
+
+def deep_gemm(layer: Layer) -> Run:
+    """DeepGEMM's contiguous grouped GEMMs in bf16 (CUDA): rows padded with zeros to its alignment."""
+    import deep_gemm as dg  # pyright: ignore[reportMissingImports]
+
+    linear = _deep_gemm_linear()
+    alignment = int(dg.get_mk_alignment_for_contiguous_layout())
+    leaves = x, gate_ups, downs, weights = _leaves(layer.x_TD, layer.gate_up_EGD, layer.down_EDI, layer.weights_TK)
+
+    def forward() -> Tensor:
+        counts, order, tokens = _sorted_slots(layer)
+        padded = (counts + alignment - 1) // alignment * alignment
+        starts = padded.cumsum(0) - padded - (counts.cumsum(0) - counts)
+        at = torch.arange(len(order), device=x.device) + starts.repeat_interleave(counts)
+        sizes = padded.tolist()
+        expert_of_row = torch.arange(len(sizes), device=x.device).repeat_interleave(padded).int()
+        rows = x.new_zeros(sum(sizes), x.shape[1]).index_copy(0, at, x.index_select(0, tokens))
+        gate, up = linear.apply(rows, gate_ups, expert_of_row, sizes).chunk(2, -1)
+        out = linear.apply(F.silu(gate) * up, downs, expert_of_row, sizes)
+        return _combine(x, out.index_select(0, at), weights, order, tokens)
+
+    return _step(forward, leaves, layer.grad_TD)
+
+
 PEERS: dict[str, Callable[[Layer], Run]] = {
     "torch_loop": torch_loop,
     "torch_grouped_mm": torch_grouped_mm,
     "transformers_grouped_mm": transformers_grouped_mm,
     "transformer_engine": transformer_engine,
+    "deep_gemm": deep_gemm,
 }
+CUDA_ONLY = ("transformer_engine", "deep_gemm")
 
 
 def available(layer: Layer) -> tuple[dict[str, Run], dict[str, str]]:
     """The peers that can be built here for this layer, and the reason for each of the others."""
     runs, reasons = {}, {}
     for name, build in PEERS.items():
-        if name == "transformer_engine" and layer.x_TD.device.type != "cuda":
+        on_cuda = layer.x_TD.device.type == "cuda"
+        if name in CUDA_ONLY and not on_cuda:
             reasons[name] = "needs CUDA"
             continue
         try:
-            runs[name] = build(layer)
+            run = build(layer)
+            if on_cuda:
+                run()  # one that compiles at its first call fails there
+            runs[name] = run
         except Exception as error:  # whatever keeps a third-party library from running is its reason
             reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return runs, reasons

@@ -46,6 +46,8 @@ class Temporary {
   T* data_;
 };
 
+constexpr int64_t kSharedColumns = 256;  // of one expert's weight gradient, in one task of several threads
+
 template <class Math>
 struct Experts {
   using Element = typename Math::Element;
@@ -272,25 +274,44 @@ struct Experts {
     });
   }
 
+  // Writes the rows of a tile into a weight's gradient.
   template <class Grad>
-  static void weight_grad_tile(Grad* out, int64_t row_length, int64_t row, int count, int64_t column, int64_t valid,
-                               const Scalar* c, bool accumulate) {
-    constexpr int64_t line = 64;  // a streamed store must fill its cache line, or it costs more than it saves
-    const bool whole_lines = columns * int64_t(sizeof(Grad)) % line == 0 && valid == columns &&
-                             row_length * int64_t(sizeof(Grad)) % line == 0 &&
-                             reinterpret_cast<uintptr_t>(out + column) % line == 0;
-    for (int r = 0; r < count; ++r, c += columns) {
-      Grad* to = out + (row + r) * row_length + column;
-      if (whole_lines && !accumulate) {
-        for (int64_t i = 0; i < columns; i += lanes) stream_compute(to + i, load<Vector>(c + i));
-        continue;
-      }
-      for (int64_t i = 0; i < valid; i += lanes) {
-        Vector value = load<Vector>(c + i);
-        if (accumulate) value += load_partial(to + i, valid - i);
-        store_partial(to + i, value, valid - i);
+  struct GradSink {
+    enum class Mode { stream, store, add, edge };
+    Grad* to;  // the tile's first element
+    int64_t row_length, valid;
+    Mode mode;
+    bool accumulate;
+
+    K25_INLINE void put(int row, const Vector (&sums)[kTileVectors]) const {
+      Grad* out = to + row * row_length;
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v, out += lanes) {
+        if (mode == Mode::stream) {
+          stream_compute(out, sums[v]);
+        } else if (mode == Mode::store) {
+          store_compute(out, sums[v]);
+        } else if (mode == Mode::add) {
+          store_compute(out, load_compute(out) + sums[v]);
+        } else if (valid > v * lanes) {
+          const int64_t count = valid - v * lanes;
+          store_partial(out, accumulate ? load_partial(out, count) + sums[v] : sums[v], count);
+        }
       }
     }
+  };
+
+  template <class Grad>
+  static GradSink<Grad> grad_sink(Grad* matrix, int64_t row_length, int64_t row, int64_t column, int64_t valid,
+                                  bool accumulate) {
+    using Mode = typename GradSink<Grad>::Mode;
+    constexpr int64_t line = 64;  // a streamed store must fill its cache line, or it costs more than it saves
+    Grad* to = matrix + row * row_length + column;
+    const bool whole_lines = columns * int64_t(sizeof(Grad)) % line == 0 &&
+                             row_length * int64_t(sizeof(Grad)) % line == 0 &&
+                             reinterpret_cast<uintptr_t>(to) % line == 0;
+    const Mode mode = valid < columns ? Mode::edge : accumulate ? Mode::add : whole_lines ? Mode::stream : Mode::store;
+    return {to, row_length, valid, mode, accumulate};
   }
 
   // One weight's gradient, (E, rows, cols): rows are columns of `a`, cols columns of `b`.
@@ -298,25 +319,21 @@ struct Experts {
   static void weight_grad(const ExpertMlpBackward& p, const Rows<Element>& a, const Rows<Element>& b, Grad* out,
                           int num_threads) {
     const int64_t rows = a.cols, cols = b.cols;
-    const int64_t row_blocks = (rows + kBlockedRows - 1) / kBlockedRows;
-    const int64_t column_blocks = (cols + kWeightGradColumns - 1) / kWeightGradColumns;
-    const int64_t size = ((rows + row_blocks - 1) / at_least(row_blocks, 1) + kTileRows - 1) / kTileRows * kTileRows;
-    parallel_for(p.num_experts * row_blocks * column_blocks, num_threads, [&](int64_t i) {
-      const int64_t expert = i / (row_blocks * column_blocks);
-      const int64_t row = i / column_blocks % row_blocks * size, column = i % column_blocks * kWeightGradColumns;
-      const WeightGradTask task{expert, at_most(row, rows), at_most(row + size, rows), column,
-                                at_most(column + kWeightGradColumns, cols)};
+    const int64_t most_columns = num_threads <= 1 ? at_least(cols, 1) : kSharedColumns;
+    const int64_t column_blocks = (cols + most_columns - 1) / most_columns;
+    parallel_for(p.num_experts * column_blocks, num_threads, [&](int64_t i) {
+      const int64_t expert = i / column_blocks, column = i % column_blocks * most_columns;
+      const WeightGradTask task{expert, column, at_most(column + most_columns, cols)};
       Grad* matrix = out + expert * rows * cols;
       const int64_t begin = p.offsets[expert], end = p.offsets[expert + 1];
       if (begin == end && !p.accumulate) {
-        for (int64_t r = task.row_begin; r < task.row_end; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
           std::memset(matrix + r * cols + column, 0, size_t(task.column_end - column) * sizeof(Grad));
         }
       }
-      multiply_weight_grad<Math>(a, b, begin, end, task,
-                                 [&](int64_t r, int count, int64_t c0, int64_t valid, const Scalar* c) {
-                                   weight_grad_tile(matrix, cols, r, count, c0, valid, c, p.accumulate);
-                                 });
+      multiply_weight_grad<Math>(a, b, begin, end, task, [&](int64_t row, int64_t column, int64_t valid) {
+        return grad_sink(matrix, cols, row, column, valid, p.accumulate);
+      });
       stream_fence();
     });
   }

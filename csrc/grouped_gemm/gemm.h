@@ -1,17 +1,17 @@
-// The two grouped GEMMs of a MoE layer, over the rows that a plan assigns to each expert. Both hand finished tiles to
-// an epilogue: epilogue(first_row, num_rows, panel or columns, tile), the tile in the accumulator's type, kColumns a
-// row.
+// The two grouped GEMMs of a MoE layer, over the rows that a plan assigns to each expert. The first hands finished
+// tiles to epilogue(first_row, num_rows, panel, tile), the tile in the accumulator's type, kColumns a row; the second
+// writes them from the registers to where they belong.
 #pragma once
 #include "common/threads.h"
 #include "grouped_gemm/pack.h"
 
 namespace k25::cpu::K25_ISA {
 
-constexpr int64_t kPanelBytes = 128 * 1024;  // a block of a packed panel: stays in the second-level cache
-constexpr int64_t kMostUnits = 512;          // summed in one chain, so that f32 keeps its last digits
-constexpr int64_t kRowsBytes = 512 * 1024;   // packed rows of A
-constexpr int64_t kBlockedRows = 384;        // rows whose partial sums wait while the reduction runs in blocks
-constexpr int64_t kWeightGradColumns = 1024;
+constexpr int64_t kPanelBytes = 128 * 1024;       // a block of a packed panel: stays in the second-level cache
+constexpr int64_t kMostUnits = 512;               // summed in one chain, so that f32 keeps its last digits
+constexpr int64_t kRowsBytes = 512 * 1024;        // packed rows of A
+constexpr int64_t kBlockedRows = 384;             // rows whose partial sums wait while the reduction runs in blocks
+constexpr int64_t kTransposedBytes = 256 * 1024;  // packed columns of A: half of a second-level cache
 
 template <class Math>
 constexpr int64_t units_per_block() {
@@ -93,7 +93,7 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
           const Unit* tile_rows[kTileRows];
           for (int i = 0; i < count; ++i) tile_rows[i] = pointers[r + i] + done;
           Scalar* c = partial + (blocked ? r * columns : 0);
-          multiply_rows<Math, 1>(count, units, tile_rows, 1, b, c, done > 0);
+          multiply_rows<Math, 1>(count, units, tile_rows, b, TileSink<Math>{c, done > 0});
           if (done + units == num_units) epilogue(first + r, count, panel, c);
         }
         done += units;
@@ -102,54 +102,61 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
   }
 }
 
-// A block of one expert's weight gradient: output rows (columns of A) by output columns (columns of B).
+// A part of one expert's weight gradient: all rows (columns of A), some columns (columns of B).
 struct WeightGradTask {
-  int64_t expert, row_begin, row_end, column_begin, column_end;
+  int64_t expert, column_begin, column_end;
 };
 
-// c = A^T @ B over the rows [begin, end) of both. epilogue(row, num_rows, column, valid columns, tile).
-template <class Math, class Epilogue>
+// c = A^T @ B over the rows [begin, end) of both. sink_at(row, column, valid columns) gives the sink of a tile.
+template <class Math, class SinkAt>
 void multiply_weight_grad(const Rows<typename Math::Element>& a, const Rows<typename Math::Element>& b, int64_t begin,
-                          int64_t end, const WeightGradTask& task, const Epilogue& epilogue) {
+                          int64_t end, const WeightGradTask& task, const SinkAt& sink_at) {
   using Unit = typename Math::Unit;
   using Scalar = typename Tile<Math>::Scalar;
+  using Vector = typename Math::Vector;
   constexpr int lanes = Tile<Math>::kVectorLanes;
   constexpr int64_t columns = Tile<Math>::kColumns;
-  constexpr int64_t group = 48;  // columns of A packed side by side: a multiple of kTileRows and of every lane count
   const int64_t depth_block = units_per_block<Math>() * Math::kElementsPerUnit;
-  const int64_t rows = task.row_end - task.row_begin;
-  const int64_t groups = (rows + group - 1) / group;
+  const int64_t stride = tile_stride<Math>(units_of<Math>(at_most(end - begin, depth_block)));
+  const int64_t most_rows = at_least(kTransposedBytes / int64_t(sizeof(Unit)) / stride, 8) * kTileRows;
   const int64_t panels = (task.column_end - task.column_begin + columns - 1) / columns;
   const bool blocked = end - begin > depth_block;
-  const int64_t most_units = units_of<Math>(at_most(end - begin, depth_block));
+  const int64_t rows_at_once = at_most(most_rows, (a.cols + kTileRows - 1) / kTileRows * kTileRows);
   auto* a_space =
-      static_cast<Unit*>(thread_scratch(Scratch::a_pack, groups * group * most_units * int64_t(sizeof(Unit))));
+      static_cast<Unit*>(thread_scratch(Scratch::a_pack, rows_at_once / kTileRows * stride * int64_t(sizeof(Unit))));
   auto* b_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
-  auto* partial = static_cast<Scalar*>(thread_scratch(
-      Scratch::partial, (blocked ? groups * group * panels : kTileRows) * columns * int64_t(sizeof(Scalar))));
+  auto* partial = static_cast<Scalar*>(
+      thread_scratch(Scratch::partial, blocked ? rows_at_once * panels * columns * int64_t(sizeof(Scalar)) : 0));
 
-  for (int64_t from = begin; from < end; from += depth_block) {
-    const int64_t to = at_most(from + depth_block, end);
-    const int64_t units = units_of<Math>(to - from);
-    for (int64_t i = 0; i < groups * group; i += lanes) {
-      const int64_t count = at_least(0, at_most(lanes, rows - i));
-      pack_rows<Math>(a_space + i / group * group * units + i % group, group, a, count > 0 ? task.row_begin + i : 0,
-                      count, from, to);
-    }
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t column = task.column_begin + p * columns;
-      for (int v = 0; v < kTileVectors; ++v) {
-        const int64_t count = at_least(0, at_most(lanes, task.column_end - column - v * lanes));
-        pack_rows<Math>(b_space + v * lanes, columns, b, count > 0 ? column + v * lanes : 0, count, from, to);
-      }
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int count = int(at_most(kTileRows, rows - r));
-        const Unit* tile_rows[kTileRows];
-        for (int i = 0; i < count; ++i) tile_rows[i] = a_space + r / group * group * units + r % group + i;
-        Scalar* c = partial + (blocked ? (p * groups * group + r) * columns : 0);
-        multiply_rows<Math, int(group)>(count, units, tile_rows, group, b_space, c, from > begin);
-        if (to == end) {
-          epilogue(task.row_begin + r, count, column, at_most(columns, task.column_end - column), c);
+  for (int64_t first = 0; first < a.cols; first += rows_at_once) {
+    const int64_t rows = at_most(rows_at_once, a.cols - first);
+    for (int64_t from = begin; from < end; from += depth_block) {
+      const int64_t to = at_most(from + depth_block, end);
+      const int64_t units = units_of<Math>(to - from);
+      pack_tile_rows<Math>(a_space, a, first, rows, from, to);
+      for (int64_t p = 0; p < panels; ++p) {
+        const int64_t column = task.column_begin + p * columns;
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t count = at_least(0, at_most(lanes, task.column_end - column - v * lanes));
+          pack_rows<Math>(b_space + v * lanes, columns, b, count > 0 ? column + v * lanes : 0, count, from, to);
+        }
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          const int count = int(at_most(kTileRows, rows - r));
+          const Unit* tile = a_space + r / kTileRows * tile_stride<Math>(units);
+          const Unit* tile_rows[kTileRows];
+          for (int i = 0; i < count; ++i) tile_rows[i] = tile + i;
+          const auto sink = sink_at(first + r, column, at_most(columns, task.column_end - column));
+          if (!blocked) {
+            multiply_rows<Math, kTileRows>(count, units, tile_rows, b_space, sink);
+            continue;
+          }
+          Scalar* c = partial + (p * rows_at_once + r) * columns;
+          multiply_rows<Math, kTileRows>(count, units, tile_rows, b_space, TileSink<Math>{c, from > begin});
+          for (int i = 0; to == end && i < count; ++i) {
+            Vector sums[kTileVectors];
+            for (int v = 0; v < kTileVectors; ++v) sums[v] = load<Vector>(c + i * columns + v * lanes);
+            sink.put(i, sums);
+          }
         }
       }
     }

@@ -71,16 +71,29 @@ struct Tile {
   static constexpr int kColumns = kTileVectors * kVectorLanes;
 };
 
-// c(kRows, kColumns) (+)= a @ b over num_units of the reduction, summed apart and added to c at the end: a long
-// reduction then loses no more than a short one. Row r of A has its units at a[r] + k * step; B holds
-// kColumns units for each k. kStep 0 means `step`, so that the common step of 1 compiles to plain indexing.
-template <class Math, int kRows, int kStep>
-__attribute__((noinline)) void multiply_tile(int64_t num_units, const typename Math::Unit* const* a, int64_t step,
-                                             const typename Math::Unit* b, typename Tile<Math>::Scalar* c,
-                                             bool accumulate) {
+// Writes a tile to memory, or adds it to what lies there, kColumns a row: a long reduction is summed in stretches and
+// then loses no more than a short one.
+template <class Math>
+struct TileSink {
+  typename Tile<Math>::Scalar* c;
+  bool accumulate;
+  K25_INLINE void put(int row, const typename Math::Vector (&sums)[kTileVectors]) const {
+    using Vector = typename Math::Vector;
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      auto* to = c + row * Tile<Math>::kColumns + v * Tile<Math>::kVectorLanes;
+      store(to, accumulate ? load<Vector>(to) + sums[v] : sums[v]);
+    }
+  }
+};
+
+// a(kRows, num_units) @ b(num_units, kColumns), row by row to sink.put(row, sums). Row r of A has its units at
+// a[r] + k * kStep; B holds kColumns units for each k.
+template <class Math, int kRows, int kStep, class Sink>
+__attribute__((noinline)) void multiply_tile(int64_t num_units, const typename Math::Unit* const* a,
+                                             const typename Math::Unit* b, const Sink& sink) {
   using Vector = typename Math::Vector;
   using Unit = typename Math::Unit;
-  using Scalar = typename Tile<Math>::Scalar;
   constexpr int lanes = Tile<Math>::kVectorLanes;
   Vector sum[kRows][kTileVectors];
 #pragma GCC unroll 8
@@ -93,42 +106,35 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
   const Unit* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  const int64_t stride = kStep ? kStep : step;
-  for (int64_t k = 0, at = 0; k < num_units; ++k, at += stride, b += Tile<Math>::kColumns) {
+  for (int64_t k = 0; k < num_units; ++k, b += Tile<Math>::kColumns) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Unit unit;
-      std::memcpy(&unit, row[r] + at, sizeof(Unit));  // rows of bf16 may start at an odd element
+      std::memcpy(&unit, row[r] + k * kStep, sizeof(Unit));  // rows of bf16 may start at an odd element
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Math::multiply_add(sum[r][v], unit, b + v * lanes);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) {
-      Scalar* to = c + r * Tile<Math>::kColumns + v * lanes;
-      store(to, accumulate ? load<Vector>(to) + sum[r][v] : sum[r][v]);
-    }
-  }
+  for (int r = 0; r < kRows; ++r) sink.put(r, sum[r]);
 }
 
-template <class Math, int kStep>
-void multiply_rows(int num_rows, int64_t num_units, const typename Math::Unit* const* a, int64_t step,
-                   const typename Math::Unit* b, typename Tile<Math>::Scalar* c, bool accumulate) {
+template <class Math, int kStep, class Sink>
+void multiply_rows(int num_rows, int64_t num_units, const typename Math::Unit* const* a, const typename Math::Unit* b,
+                   const Sink& sink) {
   switch (num_rows) {
     case 1:
-      return multiply_tile<Math, 1, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 1, kStep>(num_units, a, b, sink);
     case 2:
-      return multiply_tile<Math, 2, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 2, kStep>(num_units, a, b, sink);
     case 3:
-      return multiply_tile<Math, 3, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 3, kStep>(num_units, a, b, sink);
     case 4:
-      return multiply_tile<Math, 4, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 4, kStep>(num_units, a, b, sink);
     case 5:
-      return multiply_tile<Math, 5, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 5, kStep>(num_units, a, b, sink);
     default:
-      return multiply_tile<Math, 6, kStep>(num_units, a, step, b, c, accumulate);
+      return multiply_tile<Math, 6, kStep>(num_units, a, b, sink);
   }
 }
 

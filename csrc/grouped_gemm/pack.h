@@ -164,6 +164,44 @@ void pack_rows(typename Math::Unit* to, int64_t step, const Rows<typename Math::
   }
 }
 
+// How far apart pack_tile_rows puts its tiles: the last vector of a tile reaches past it.
+template <class Math>
+constexpr int64_t tile_stride(int64_t num_units) {
+  constexpr int64_t lanes = Tile<Math>::kVectorLanes;
+  return num_units * kTileRows + (kTileRows + lanes - 1) / lanes * lanes;
+}
+
+// Columns [first, first + count) of rows [begin, end) as tiles of kTileRows columns, in which the units of one k lie
+// side by side: what multiply_tile then reads is one stream. Each vector overlaps the next k of its tile, which is
+// written after it.
+template <class Math>
+void pack_tile_rows(typename Math::Unit* to, const Rows<typename Math::Element>& rows, int64_t first, int64_t count,
+                    int64_t begin, int64_t end) {
+  using Element = typename Math::Element;
+  constexpr int lanes = Tile<Math>::kVectorLanes;
+  constexpr int per_unit = Math::kElementsPerUnit;
+  const int64_t stride = tile_stride<Math>(units_of<Math>(end - begin));
+  for (int64_t m = begin; m < end; m += per_unit, to += kTileRows) {
+    const Element* row = rows[m] + first;
+    const Element* next = per_unit == 2 && m + 1 < end ? rows[m + 1] + first : nullptr;
+    for (int64_t column = 0, tile = 0; column < count; column += kTileRows, tile += stride) {
+      for (int v = 0; v < kTileRows; v += lanes) {
+        const int64_t left = count - column - v;
+        if (left >= lanes) {
+          put_row(to + tile + v, row + column + v, next ? next + column + v : nullptr);
+          continue;
+        }
+        Element row_copy[lanes] = {}, next_copy[lanes] = {};
+        if (left > 0) {
+          std::memcpy(row_copy, row + column + v, size_t(left) * sizeof(Element));
+          if (next) std::memcpy(next_copy, next + column + v, size_t(left) * sizeof(Element));
+        }
+        put_row(to + tile + v, row_copy, next ? next_copy : nullptr);
+      }
+    }
+  }
+}
+
 // One row of A as units, for where rows cannot be read in place.
 template <class Math>
 void pack_row(typename Math::Unit* to, const typename Math::Element* row, int64_t begin, int64_t end) {

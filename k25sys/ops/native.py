@@ -26,14 +26,31 @@ _KERNEL_KEYS = ("CPU", "CUDA", "SparseCPU", "SparseCsrCPU", "SparseCUDA", "Spars
 LIBRARY = torch.library.Library("k25", "DEF")
 
 
-def kernels(op: str, device: torch.device) -> ModuleType:
-    """The submodule of k25sys._C that runs on `device`. Raises DeviceError where none was built."""
+class _OnDevice:
+    """The CUDA kernels, each called with `device` as the current one: a stream belongs to its device."""
+
+    def __init__(self, module: ModuleType, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+
+        def call(*args: Any) -> Any:
+            with torch.cuda.device(self._device):
+                return function(*args)
+
+        return call
+
+
+def kernels(op: str, device: torch.device) -> Any:
+    """The functions of k25sys._C that run on `device`. Raises DeviceError where none were built."""
     if device.type == "cpu":
         return _C.cpu
     cuda = getattr(_C, "cuda", None)
     if device.type != "cuda" or cuda is None:
         raise DeviceError(message(op, "device", str(device), "cpu", f"CUDA kernels: {_C.cuda_info()['reason']}"))
-    return cuda
+    return _OnDevice(cuda, device)
 
 
 def cpu_only(op: str, device: torch.device) -> ModuleType:
