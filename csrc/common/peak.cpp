@@ -17,18 +17,19 @@ template <class Math>
 double measure(double seconds) {
   using Unit = typename Math::Unit;
   using Scalar = typename Tile<Math>::Scalar;
-  constexpr int64_t units = 16;  // one cache-resident strip, so that the loop is the GEMM's own
+  constexpr int64_t units = 4096 / Tile<Math>::kColumns;  // a strip that stays in the first-level cache
   alignas(64) static thread_local Unit a[kTileRows][units] = {}, b[units * Tile<Math>::kColumns] = {};
   alignas(64) Scalar c[kTileRows * Tile<Math>::kColumns] = {};
   const Unit* rows[kTileRows];
   for (int r = 0; r < kTileRows; ++r) rows[r] = a[r];
   const double flop = 2.0 * kTileRows * double(Tile<Math>::kColumns) * double(units) * Math::kElementsPerUnit;
+  constexpr int calls = 200;
   double best = 0;
   const double end = seconds_now() + seconds;
   while (seconds_now() < end) {
     const double start = seconds_now();
-    for (int i = 0; i < 2000; ++i) multiply_tile<Math, kTileRows, 1>(units, rows, 1, b, c, true);
-    const double rate = 2000 * flop / (seconds_now() - start);
+    for (int i = 0; i < calls; ++i) multiply_tile<Math, kTileRows, 1>(units, rows, b, TileSink<Math>{c, true});
+    const double rate = calls * flop / (seconds_now() - start);
     best = rate > best ? rate : best;
   }
   return best * 1e-9;

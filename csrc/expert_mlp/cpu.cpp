@@ -65,28 +65,44 @@ struct Experts {
   }
 
   // --- packing ---------------------------------------------------------------------------------------------------
-  static void pack_gate_up(Unit* to, const Element* gate_up, int64_t dim, int64_t width, int64_t panel, int64_t begin,
-                           int64_t end) {
-    const PanelColumns at = Panels<Math>::pair_columns(panel, width);
-    for (int v = 0; v < kTileVectors; ++v) {
-      pack_transposed<Math>(to + v * lanes, gate_up, dim, at.first[v], at.count[v], begin, end);
+  // Panels of neighbouring columns of a matrix whose rows are the reduction.
+  struct PackColumns {
+    const Element* matrix;
+    int64_t num_columns;
+
+    void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
+      const PanelColumns at = Panels<Math>::columns(panel, num_columns);
+      const Rows<Element> rows{matrix, num_columns};
+      for (int v = 0; v < kTileVectors; ++v) {
+        pack_rows<Math>(to + v * lanes, columns, rows, at.count[v] > 0 ? at.first[v] : 0, at.count[v], begin, end);
+      }
     }
-  }
-  static void pack_transposed_panel(Unit* to, const Element* matrix, int64_t depth, int64_t num_columns, int64_t panel,
-                                    int64_t begin, int64_t end) {
-    const PanelColumns at = Panels<Math>::columns(panel, num_columns);
-    for (int v = 0; v < kTileVectors; ++v) {
-      pack_transposed<Math>(to + v * lanes, matrix, depth, at.first[v], at.count[v], begin, end);
+    // Neighbouring rows lie on different pages: the hardware does not foresee them.
+    void prefetch(int64_t panel, int64_t begin, int64_t end) const {
+      constexpr int64_t line = 64 / int64_t(sizeof(Element));
+      for (int64_t row = begin; row < end; ++row) {
+        const Element* from = matrix + row * num_columns + panel * columns;
+        for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + c, 0, 2);
+      }
     }
-  }
-  static void pack_panel(Unit* to, const Element* matrix, int64_t num_columns, int64_t panel, int64_t begin,
-                         int64_t end) {
-    const PanelColumns at = Panels<Math>::columns(panel, num_columns);
-    const Rows<Element> rows{matrix, num_columns};
-    for (int v = 0; v < kTileVectors; ++v) {
-      pack_rows<Math>(to + v * lanes, columns, rows, at.count[v] > 0 ? at.first[v] : 0, at.count[v], begin, end);
+  };
+
+  // Panels whose columns are rows of the matrix: the reduction runs along them.
+  struct PackRows {
+    const Element* matrix;
+    int64_t row_length;
+    int64_t num_columns;  // of the panels; for gate_up, of the gate
+    bool is_gate_up;
+
+    void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
+      const PanelColumns at =
+          is_gate_up ? Panels<Math>::pair_columns(panel, num_columns) : Panels<Math>::columns(panel, num_columns);
+      for (int v = 0; v < kTileVectors; ++v) {
+        pack_transposed<Math>(to + v * lanes, matrix, row_length, at.first[v], at.count[v], begin, end);
+      }
     }
-  }
+    void prefetch(int64_t, int64_t, int64_t) const {}  // long runs: the hardware does
+  };
 
   static int64_t units_per_expert(const PackWeights& p) {
     switch (p.kind) {
@@ -108,11 +124,11 @@ struct Experts {
       const auto* matrix = static_cast<const Element*>(p.weights) + expert * p.rows * p.cols;
       auto* to = static_cast<Unit*>(p.packed) + expert * per_expert + panel * per_panel;
       if (p.kind == PackKind::gate_up_forward) {
-        pack_gate_up(to, matrix, p.cols, p.rows / 2, panel, 0, p.cols);
+        PackRows{matrix, p.cols, p.rows / 2, true}(to, panel, 0, p.cols);
       } else if (forward) {
-        pack_transposed_panel(to, matrix, p.cols, p.rows, panel, 0, p.cols);
+        PackRows{matrix, p.cols, p.rows, false}(to, panel, 0, p.cols);
       } else {
-        pack_panel(to, matrix, p.cols, panel, 0, p.rows);
+        PackColumns{matrix, p.cols}(to, panel, 0, p.rows);
       }
     });
   }
@@ -172,10 +188,7 @@ struct Experts {
           const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
           if (kept) kept += t.expert * gate_up_panel_units(p.dim, p.width);
           multiply_expert_rows<Math>(
-              x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
-              [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
-                pack_gate_up(to, matrix, p.dim, p.width, panel, begin, end);
-              },
+              x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept, PackRows{matrix, p.dim, p.width, true},
               [&](int64_t row, int count, int64_t panel, const Scalar* c) { gate_up_tile(p, row, count, panel, c); });
         });
     clock.lap(0);
@@ -185,10 +198,7 @@ struct Experts {
       const auto* kept = static_cast<const Unit*>(p.packed_down);
       if (kept) kept += t.expert * panel_units(p.width, p.dim);
       multiply_expert_rows<Math>(
-          act, p.offsets[t.expert], p.offsets[t.expert + 1], p.width, t, kept,
-          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
-            pack_transposed_panel(to, matrix, p.width, p.dim, panel, begin, end);
-          },
+          act, p.offsets[t.expert], p.offsets[t.expert + 1], p.width, t, kept, PackRows{matrix, p.width, p.dim, false},
           [&](int64_t row, int count, int64_t panel, const Scalar* c) {
             store_tile(static_cast<Element*>(p.out_rows), p.dim, row, count, panel, c, p.weights, p.slot_of_row);
           });
@@ -240,14 +250,11 @@ struct Experts {
       const auto* matrix = static_cast<const Element*>(p.down) + t.expert * p.dim * p.width;
       const auto* kept = static_cast<const Unit*>(p.packed_down);
       if (kept) kept += t.expert * panel_units(p.dim, p.width);
-      multiply_expert_rows<Math>(
-          grad_out, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
-          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
-            pack_panel(to, matrix, p.width, panel, begin, end);
-          },
-          [&](int64_t row, int count, int64_t panel, const Scalar* c) {
-            swiglu_grad_tile(p, row, count, panel, c, weight_parts.get(), panels);
-          });
+      multiply_expert_rows<Math>(grad_out, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
+                                 PackColumns{matrix, p.width},
+                                 [&](int64_t row, int count, int64_t panel, const Scalar* c) {
+                                   swiglu_grad_tile(p, row, count, panel, c, weight_parts.get(), panels);
+                                 });
     });
     if (!p.grad_weights) return;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -264,10 +271,7 @@ struct Experts {
       const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
       if (kept) kept += t.expert * panel_units(2 * p.width, p.dim);
       multiply_expert_rows<Math>(
-          grad, p.offsets[t.expert], p.offsets[t.expert + 1], 2 * p.width, t, kept,
-          [&](Unit* to, int64_t panel, int64_t begin, int64_t end) {
-            pack_panel(to, matrix, p.dim, panel, begin, end);
-          },
+          grad, p.offsets[t.expert], p.offsets[t.expert + 1], 2 * p.width, t, kept, PackColumns{matrix, p.dim},
           [&](int64_t row, int count, int64_t panel, const Scalar* c) {
             store_tile(static_cast<Element*>(p.grad_x_rows), p.dim, row, count, panel, c, nullptr, nullptr);
           });

@@ -43,7 +43,8 @@ static int64_t split_panels(const int32_t* offsets, int64_t num_experts, int64_t
 }
 
 // c = rows(A) @ B for rows [row_begin, row_end) and panels [task.begin, task.end). pack(to, panel, begin, end) packs
-// elements [begin, end) of the reduction, unless `kept` holds the expert's panels packed already.
+// elements [begin, end) of the reduction, unless `kept` holds the expert's panels packed already; pack.prefetch(panel,
+// begin, end) asks for them while the panel before is multiplied.
 template <class Math, class Pack, class Epilogue>
 void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_begin, int64_t row_end, int64_t depth,
                           const PanelTask& task, const typename Math::Unit* kept, const Pack& pack,
@@ -88,13 +89,21 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
           pack(panel_space, panel, done * Math::kElementsPerUnit,
                at_most((done + units) * Math::kElementsPerUnit, depth));
         }
+        const bool panel_ends = done + units == num_units;
+        const int64_t next_begin = panel_ends ? 0 : (done + units) * Math::kElementsPerUnit;
+        const int64_t next_size = at_most(block * Math::kElementsPerUnit, depth - next_begin);
+        const bool prefetches = !kept && (!panel_ends || panel + 1 < task.end);
         for (int64_t r = 0; r < rows; r += kTileRows) {
           const int count = int(at_most(kTileRows, rows - r));
+          if (prefetches) {
+            pack.prefetch(panel + panel_ends, next_begin + next_size * r / rows,
+                          next_begin + next_size * (r + count) / rows);
+          }
           const Unit* tile_rows[kTileRows];
           for (int i = 0; i < count; ++i) tile_rows[i] = pointers[r + i] + done;
           Scalar* c = partial + (blocked ? r * columns : 0);
           multiply_rows<Math, 1>(count, units, tile_rows, b, TileSink<Math>{c, done > 0});
-          if (done + units == num_units) epilogue(first + r, count, panel, c);
+          if (panel_ends) epilogue(first + r, count, panel, c);
         }
         done += units;
       } while (done < num_units);

@@ -106,6 +106,7 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
   const Unit* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
+#pragma GCC unroll 4
   for (int64_t k = 0; k < num_units; ++k, b += Tile<Math>::kColumns) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
