@@ -183,13 +183,7 @@ void plan_dispatch(const PlanDispatch& p, int) {
 
 void dispatch(const Dispatch& p, int num_threads) {
   check_table("dispatch", "slot_of_row", p.slot_of_row, p.num_rows, p.num_tokens * p.top_k);
-  const int64_t bytes = p.dim * size_of(p.dtype);
-  parallel_ranges(p.num_rows, 64, num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      std::memcpy(static_cast<char*>(p.rows) + m * bytes,
-                  static_cast<const char*>(p.x) + p.slot_of_row[m] / p.top_k * bytes, size_t(bytes));
-    }
-  });
+  K25_RUN(dispatch, p, num_threads);
 }
 
 void combine(const Combine& p, int num_threads) {

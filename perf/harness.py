@@ -21,29 +21,35 @@ TUNED_ALLOCATOR = (
 
 
 def alternate(
-    candidates: Mapping[str, Callable[[], Any]], *, seconds: float, least: int = 3, most: int = 25
+    candidates: Mapping[str, Callable[[], Any]], *, seconds: float, least: int = 5, most: int = 25
 ) -> dict[str, Measurement]:
     """Runs the candidates in turn, round after round, until `seconds` are spent (at least `least` rounds).
 
     The order of a round turns around each time, so that no candidate always follows the same one. Each is run once
-    before; that run does not count, except for a candidate that took most of `seconds`: such a one is not run again.
+    before; that run counts only for a candidate that is not run again, because it takes most of `seconds` and many
+    times as long as the fastest.
     """
-    times: dict[str, list[float]] = {}
-    again = []
-    for name, run in candidates.items():
+    first: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def once(name: str) -> float:
         start = clock()
-        run()
-        first = clock() - start
-        times[name] = [first] if first > seconds / 2 else []
-        again += [name] if first <= seconds / 2 else []
+        candidates[name]()
+        return clock() - start
+
+    def best(name: str) -> float:
+        return min(times[name], default=first[name])
+
+    for name in candidates:
+        first[name] = once(name)
     spent, rounds = 0.0, 0
-    while again and (rounds < least or (spent < seconds and rounds < most)):
-        for name in again[:: 1 if rounds % 2 == 0 else -1]:
-            start = clock()
-            candidates[name]()
-            times[name].append(clock() - start)
-            spent += times[name][-1]
+    while rounds < least or (spent < seconds and rounds < most):
+        for name in list(candidates)[:: 1 if rounds % 2 == 0 else -1]:
+            if best(name) <= max(seconds / 2, 5 * min(map(best, candidates))):
+                times[name].append(once(name))
+                spent += times[name][-1]
         rounds += 1
+    times = {name: values or [first[name]] for name, values in times.items()}
     spec = TaskSpec(stmt="", setup="", num_threads=torch.get_num_threads())
     return {name: Measurement(number_per_run=1, raw_times=values, task_spec=spec) for name, values in times.items()}
 

@@ -6,6 +6,16 @@ namespace k25::cpu::K25_ISA {
 namespace {
 
 constexpr int kMaxTopK = 16;  // k25sys.ops refuses more
+constexpr int64_t kLine = 64;
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output: more than the caches keep for the next op
+
+void copy_past_caches(char* to, const char* from, int64_t bytes) {
+  constexpr int64_t step = sizeof(F32V);
+  for (int64_t i = 0; i < bytes; i += kLine) {
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + kLine; j += step) stream(to + j, load<F32V>(from + j));
+  }
+}
 
 template <class Element>
 struct RowOps {
@@ -73,6 +83,25 @@ struct RowOps {
 };
 
 }  // namespace
+
+void dispatch(const Dispatch& p, int num_threads) {
+  const int64_t bytes = p.dim * size_of(p.dtype);
+  auto* rows = static_cast<char*>(p.rows);
+  const bool whole_lines = bytes % kLine == 0 && reinterpret_cast<uintptr_t>(rows) % kLine == 0;
+  // One core waits for each line that it fetches to overwrite; two saturate the memory either way (measured).
+  const bool past_caches = num_threads == 1 && whole_lines && p.num_rows * bytes >= kStreamFrom;
+  parallel_ranges(p.num_rows, 64, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      const char* token = static_cast<const char*>(p.x) + p.slot_of_row[m] / p.top_k * bytes;
+      if (past_caches) {
+        copy_past_caches(rows + m * bytes, token, bytes);
+      } else {
+        std::memcpy(rows + m * bytes, token, size_t(bytes));
+      }
+    }
+    if (past_caches) stream_fence();
+  });
+}
 
 void combine(const Combine& p, int num_threads) {
   if (p.dtype == DType::bf16) return RowOps<Bf16>::combine(p, num_threads);

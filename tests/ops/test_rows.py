@@ -33,6 +33,21 @@ def test_dispatch_copies_bitwise_and_its_gradient_is_combine(case: MoeCase) -> N
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("dim", "dtype"), [(1024, torch.float32), (1040, torch.bfloat16), (1027, torch.float64)])
+def test_a_dispatch_larger_than_the_caches(isa: str, dim: int, dtype: torch.dtype) -> None:
+    x_TD = torch.randn(600, dim).to(dtype)
+    plan = ops.plan_dispatch(torch.rand(600, 9).argsort(1)[:, :8].int(), 9)
+    threads = torch.get_num_threads()
+    native._C.cpu.set_isa(isa)
+    torch.set_num_threads(1)
+    try:
+        assert not first_difference(ops.dispatch(x_TD, plan), ops.reference_dispatch(x_TD, plan))
+    finally:
+        native._C.cpu.set_isa("auto")
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=40)
 @given(case=moe_cases())
 def test_combine(isa: str, case: MoeCase) -> None:

@@ -10,6 +10,7 @@
   namespace k25::cpu::ISA {                                    \
   void route_tokens(const RouteTokens&, int);                  \
   void route_tokens_backward(const RouteTokensBackward&, int); \
+  void dispatch(const Dispatch&, int);                         \
   void combine(const Combine&, int);                           \
   void combine_backward(const CombineBackward&, int);          \
   void swiglu(const Swiglu&, int);                             \
