@@ -3,11 +3,14 @@
 // checked by k25sys.ops before they come here.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <tuple>
 #include <type_traits>
 
 #include "dispatch/api.h"
 #include "plan_dispatch/api.h"
+#include "policy_loss/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
@@ -33,6 +36,10 @@ struct OpTable {
   void (*combine_backward)(const CombineBackward&, Where);
   void (*swiglu)(const Swiglu&, Where);
   void (*swiglu_backward)(const SwigluBackward&, Where);
+  void (*token_losses)(const TokenLosses&, Where);
+  void (*logit_stats)(const LogitStats&, Where);
+  void (*logit_grad)(const LogitGrad&, Where);
+  void (*loss_rows)(const LossRows&, Where);
 };
 
 // How Python passes Where: a count of threads, or the stream's address.
@@ -130,10 +137,61 @@ void bind_rows(py::module_& module, const OpTable<Where>& ops) {
       release());
 }
 
+// (old_logprobs, advantages, weights, objective, log_low, log_high, tau, penalty_on_all)
+using LossTokensTuple = std::tuple<Address, Address, Address, int, double, double, double, bool>;
+
+inline LossTokens to_loss_tokens(const LossTokensTuple& t) {
+  return {at<void>(std::get<0>(t)), at<void>(std::get<1>(t)), at<void>(std::get<2>(t)), Objective(std::get<3>(t)),
+          std::get<4>(t),           std::get<5>(t),           std::get<6>(t),           std::get<7>(t)};
+}
+
+template <class Where>
+void bind_losses(py::module_& module, const OpTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "token_losses",
+      [run = ops.token_losses](const LossTokensTuple& tokens, Address logprobs, Address losses, Address slopes,
+                               int64_t num_tokens, int dtype, W where) {
+        run({to_loss_tokens(tokens), at<void>(logprobs), at<void>(losses), at<void>(slopes), num_tokens, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "logit_stats",
+      [run = ops.logit_stats](Address logits, Address targets, Address weights, Address stats, int64_t num_tokens,
+                              int64_t vocab, int64_t vocab_start, int dtype, W where) {
+        run({at<void>(logits), at<int64_t>(targets), at<void>(weights), at<void>(stats), num_tokens, vocab, vocab_start,
+             DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "logit_grad",
+      [run = ops.logit_grad](Address logits, Address targets, Address log_sums, Address slopes, Address grad_logits,
+                             int64_t num_tokens, int64_t vocab, int64_t vocab_start, int dtype, W where) {
+        run({at<void>(logits), at<int64_t>(targets), at<void>(log_sums), at<void>(slopes), at<void>(grad_logits),
+             num_tokens, vocab, vocab_start, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "loss_rows",
+      [run = ops.loss_rows](const LossTokensTuple& tokens, Address logits, Address targets, Address logprobs,
+                            Address entropies, Address losses, Address grad_logits, int64_t num_tokens, int64_t vocab,
+                            int64_t vocab_start, int dtype, W where) {
+        run({to_loss_tokens(tokens), at<void>(logits), at<int64_t>(targets), at<void>(logprobs), at<void>(entropies),
+             at<void>(losses), at<void>(grad_logits), num_tokens, vocab, vocab_start, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
 template <class Where>
 void bind_ops(py::module_& module, const OpTable<Where>& ops) {
   bind_routing(module, ops);
   bind_rows(module, ops);
+  bind_losses(module, ops);
 }
 
 }  // namespace k25

@@ -131,6 +131,42 @@ void count_and_place(const PlanDispatch& p) {
   for (int64_t e = 0; e < p.num_experts; ++e) p.offsets[e] -= p.tokens_per_expert[e];
 }
 
+double scalar_at(const void* values, int64_t index, DType dtype) {
+  if (dtype == DType::f64) return static_cast<const double*>(values)[index];
+  return double(static_cast<const float*>(values)[index]);
+}
+
+void check_finite(const char* op, const char* argument, double value, int64_t token) {
+  if (std::isfinite(value)) return;
+  throw std::invalid_argument(std::string(op) + ": " + argument + "[" + std::to_string(token) + "]: got " +
+                              std::to_string(value) +
+                              ", accepted a finite number for a token with loss; mask it out, "
+                              "or look for what overflowed");
+}
+
+// What a token with loss brings along, and its log-probability.
+void check_loss_tokens(const char* op, const LossTokens& p, const void* logprobs, int64_t num_tokens, DType dtype) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    if (scalar_at(p.weights, t, dtype) == 0) continue;
+    check_finite(op, "logprobs_T", scalar_at(logprobs, t, dtype), t);
+    if (p.objective == Objective::cross_entropy) continue;
+    check_finite(op, "old_logprobs_T", scalar_at(p.old_logprobs, t, dtype), t);
+    check_finite(op, "advantages_T", scalar_at(p.advantages, t, dtype), t);
+  }
+}
+
+void check_targets(const char* op, const LossRows& p, DType dtype) {
+  for (int64_t t = 0; t < p.num_tokens; ++t) {
+    const int64_t target = p.targets[t] - p.vocab_start;
+    if (scalar_at(p.tokens.weights, t, dtype) == 0 || (target >= 0 && target < p.vocab)) continue;
+    throw std::out_of_range(std::string(op) + ": targets_T[" + std::to_string(t) + "]: got " +
+                            std::to_string(p.targets[t]) + ", accepted " + std::to_string(p.vocab_start) +
+                            " <= target < " + std::to_string(p.vocab_start + p.vocab));
+  }
+}
+
+void run_loss_rows(const LossRows& p, int num_threads) { K25_RUN(loss_rows, p, num_threads); }
+
 }  // namespace
 
 const char* name_of(Isa isa) { return kNames[int(isa)]; }
@@ -198,6 +234,26 @@ void combine_backward(const CombineBackward& p, int num_threads) {
 
 void swiglu(const Swiglu& p, int num_threads) { K25_RUN(swiglu, p, num_threads); }
 void swiglu_backward(const SwigluBackward& p, int num_threads) { K25_RUN(swiglu_backward, p, num_threads); }
+
+void token_losses(const TokenLosses& p, int num_threads) {
+  check_loss_tokens("token_losses", p.tokens, p.logprobs, p.num_tokens, p.dtype);
+  K25_RUN(token_losses, p, num_threads);
+}
+void logit_stats(const LogitStats& p, int num_threads) { K25_RUN(logit_stats, p, num_threads); }
+void logit_grad(const LogitGrad& p, int num_threads) { K25_RUN(logit_grad, p, num_threads); }
+
+void loss_rows(const LossRows& p, int num_threads) {
+  const DType scalar = p.dtype == DType::f64 ? DType::f64 : DType::f32;
+  check_targets("loss_rows", p, scalar);
+  run_loss_rows(p, num_threads);
+  check_loss_tokens("loss_rows", p.tokens, p.logprobs, p.num_tokens, scalar);
+}
+
+void linear_logits(const LinearLogits& p, int num_threads) { K25_RUN(linear_logits, p, num_threads); }
+void linear_grads(const LinearGrads& p, int num_threads) {
+  if (p.num_tokens > kMostTokensOfHeadGrad) throw std::invalid_argument("linear_grads: too many tokens in a chunk");
+  K25_RUN(linear_grads, p, num_threads);
+}
 
 void expert_mlp(const ExpertMlp& p, int num_threads) {
   check_plan("expert_mlp", p);

@@ -7,6 +7,7 @@
 #include "common/machine.h"
 #include "common/threads.h"
 #include "expert_mlp/api.h"
+#include "linear_loss/api.h"
 #if defined(K25_WITH_CUDA)
 #include "common/cuda_device.h"
 #endif
@@ -97,6 +98,32 @@ void bind_expert_mlp(py::module_& module) {
       release());
 }
 
+void bind_linear_loss(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.def(
+      "linear_logits",
+      [](Address hidden, Address head, Address targets, Address logits, Address stats, int64_t num_tokens,
+         int64_t vocab, int64_t vocab_start, int64_t dim, int dtype, int num_threads) {
+        cpu::linear_logits({at<void>(hidden), at<void>(head), at<int64_t>(targets), at<void>(logits), at<void>(stats),
+                            num_tokens, vocab, vocab_start, dim, DType(dtype)},
+                           num_threads);
+      },
+      release());
+  module.def(
+      "linear_grads",
+      [](Address hidden, Address head, Address targets, Address log_sums, Address slopes, Address logits,
+         Address grad_logits, Address grad_hidden, Address grad_head, Address grad_head_low, bool first, bool last,
+         int64_t num_tokens, int64_t vocab, int64_t vocab_start, int64_t dim, int dtype, int grad_head_dtype,
+         int num_threads) {
+        cpu::linear_grads({at<void>(hidden), at<void>(head), at<int64_t>(targets), at<void>(log_sums), at<void>(slopes),
+                           at<void>(logits), at<void>(grad_logits), at<void>(grad_hidden), at<void>(grad_head),
+                           at<uint16_t>(grad_head_low), first, last, num_tokens, vocab, vocab_start, dim, DType(dtype),
+                           DType(grad_head_dtype)},
+                          num_threads);
+      },
+      release());
+}
+
 void bind_cpu_machine(py::module_& module) {
   module.def("isa", [] { return std::string(cpu::name_of(cpu::current_isa())); });
   module.def("set_isa", &cpu::set_isa);
@@ -127,7 +154,8 @@ py::dict cuda_info() {
 #if defined(K25_WITH_CUDA)
 void bind_cuda(py::module_ module) {
   bind_ops<Stream>(module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch,
-                            cuda::combine, cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward});
+                            cuda::combine, cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward,
+                            cuda::token_losses, cuda::logit_stats, cuda::logit_grad, cuda::loss_rows});
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
 }
 #endif
@@ -143,8 +171,10 @@ PYBIND11_MODULE(_C, module) {
   py::module_ cpu_module = module.def_submodule("cpu");
   bind_cpu_machine(cpu_module);
   bind_ops<int>(cpu_module, {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch,
-                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward});
+                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward, cpu::token_losses,
+                             cpu::logit_stats, cpu::logit_grad, cpu::loss_rows});
   bind_expert_mlp(cpu_module);
+  bind_linear_loss(cpu_module);
 #if defined(K25_WITH_CUDA)
   bind_cuda(module.def_submodule("cuda"));
 #endif

@@ -3,11 +3,12 @@
 // and weight gradients, then the combine of the input's. Each output element is computed by one task in a fixed order,
 // so results are bitwise the same for every number of threads.
 #include <ctime>
-#include <new>
 #include <type_traits>
 
 #include "common/cpu/isa_functions.h"
+#include "common/cpu/temporary.h"
 #include "grouped_gemm/gemm.h"
+#include "grouped_gemm/matrix_sink.h"
 
 namespace k25::cpu::K25_ISA {
 namespace {
@@ -30,20 +31,6 @@ class PhaseClock {
   }
   double* seconds_;
   double last_;
-};
-
-// Memory that is freed at the end of a call and never initialised.
-template <class T>
-class Temporary {
- public:
-  explicit Temporary(int64_t count) : data_(static_cast<T*>(::operator new(size_t(at_least(count, 1)) * sizeof(T)))) {}
-  ~Temporary() { ::operator delete(data_); }
-  Temporary(const Temporary&) = delete;
-  Temporary& operator=(const Temporary&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
 };
 
 constexpr int64_t kSharedColumns = 256;  // of one expert's weight gradient, in one task of several threads
@@ -278,46 +265,6 @@ struct Experts {
     });
   }
 
-  // Writes the rows of a tile into a weight's gradient.
-  template <class Grad>
-  struct GradSink {
-    enum class Mode { stream, store, add, edge };
-    Grad* to;  // the tile's first element
-    int64_t row_length, valid;
-    Mode mode;
-    bool accumulate;
-
-    K25_INLINE void put(int row, const Vector (&sums)[kTileVectors]) const {
-      Grad* out = to + row * row_length;
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v, out += lanes) {
-        if (mode == Mode::stream) {
-          stream_compute(out, sums[v]);
-        } else if (mode == Mode::store) {
-          store_compute(out, sums[v]);
-        } else if (mode == Mode::add) {
-          store_compute(out, load_compute(out) + sums[v]);
-        } else if (valid > v * lanes) {
-          const int64_t count = valid - v * lanes;
-          store_partial(out, accumulate ? load_partial(out, count) + sums[v] : sums[v], count);
-        }
-      }
-    }
-  };
-
-  template <class Grad>
-  static GradSink<Grad> grad_sink(Grad* matrix, int64_t row_length, int64_t row, int64_t column, int64_t valid,
-                                  bool accumulate) {
-    using Mode = typename GradSink<Grad>::Mode;
-    constexpr int64_t line = 64;  // a streamed store must fill its cache line, or it costs more than it saves
-    Grad* to = matrix + row * row_length + column;
-    const bool whole_lines = columns * int64_t(sizeof(Grad)) % line == 0 &&
-                             row_length * int64_t(sizeof(Grad)) % line == 0 &&
-                             reinterpret_cast<uintptr_t>(to) % line == 0;
-    const Mode mode = valid < columns ? Mode::edge : accumulate ? Mode::add : whole_lines ? Mode::stream : Mode::store;
-    return {to, row_length, valid, mode, accumulate};
-  }
-
   // One weight's gradient, (E, rows, cols): rows are columns of `a`, cols columns of `b`.
   template <class Grad>
   static void weight_grad(const ExpertMlpBackward& p, const Rows<Element>& a, const Rows<Element>& b, Grad* out,
@@ -336,7 +283,7 @@ struct Experts {
         }
       }
       multiply_weight_grad<Math>(a, b, begin, end, task, [&](int64_t row, int64_t column, int64_t valid) {
-        return grad_sink(matrix, cols, row, column, valid, p.accumulate);
+        return matrix_sink<Math>(matrix, cols, row, column, valid, p.accumulate);
       });
       stream_fence();
     });

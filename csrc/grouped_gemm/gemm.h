@@ -24,8 +24,8 @@ struct PanelTask {
 };
 
 // Splits each expert's panels so that tasks cost about the same. Returns the number of tasks; out may be null.
-static int64_t split_panels(const int32_t* offsets, int64_t num_experts, int64_t num_panels, bool empty_too,
-                            int num_threads, PanelTask* out) {
+[[maybe_unused]] static int64_t split_panels(const int32_t* offsets, int64_t num_experts, int64_t num_panels,
+                                             bool empty_too, int num_threads, PanelTask* out) {
   const int64_t total = int64_t(offsets[num_experts]) * num_panels;
   const int64_t wanted = num_threads <= 1 ? 1 : 24 * int64_t(num_threads);
   int64_t num_tasks = 0;
@@ -107,6 +107,42 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
         }
         done += units;
       } while (done < num_units);
+    }
+  }
+}
+
+// c = A[row_begin:row_end] @ B for a whole B that is packed already, panel after panel. A block of the reduction stays
+// in the second-level cache for all panels. sink_at(row, column, valid columns, accumulate) gives the sink of a tile,
+// which is written once for each block.
+template <class Math, class SinkAt>
+void multiply_packed(const Rows<typename Math::Element>& a, int64_t row_begin, int64_t row_end, int64_t depth,
+                     int64_t num_columns, const typename Math::Unit* packed, const SinkAt& sink_at) {
+  using Unit = typename Math::Unit;
+  constexpr int64_t columns = Tile<Math>::kColumns;
+  const int64_t num_units = units_of<Math>(depth), block = units_per_block<Math>(), rows = row_end - row_begin;
+  const bool in_place = Math::kReadsRowsInPlace && depth % Math::kElementsPerUnit == 0;
+  auto** pointers = static_cast<const Unit**>(thread_scratch(Scratch::pointers, rows * int64_t(sizeof(Unit*))));
+  auto* space = static_cast<Unit*>(
+      thread_scratch(Scratch::a_pack, in_place ? 0 : rows * at_most(block, num_units) * int64_t(sizeof(Unit))));
+  for (int64_t done = 0; done == 0 || done < num_units; done += block) {
+    const int64_t units = at_most(block, num_units - done);
+    const int64_t begin = done * Math::kElementsPerUnit;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (in_place) {
+        pointers[r] = reinterpret_cast<const Unit*>(a[row_begin + r]) + done;
+      } else {
+        pack_row<Math>(space + r * units, a[row_begin + r], begin,
+                       at_most(begin + units * Math::kElementsPerUnit, depth));
+        pointers[r] = space + r * units;
+      }
+    }
+    for (int64_t column = 0; column < num_columns; column += columns) {
+      const Unit* b = packed + column * num_units + done * columns;
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int count = int(at_most(kTileRows, rows - r));
+        multiply_rows<Math, 1>(count, units, pointers + r, b,
+                               sink_at(row_begin + r, column, at_most(columns, num_columns - column), done > 0));
+      }
     }
   }
 }

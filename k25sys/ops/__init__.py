@@ -1,16 +1,28 @@
 """The ops of k25sys. Each has faces that agree: `reference_*` in plain torch, the CPU kernel, and the CUDA
 kernel, which tests/cuda_on_cpu also runs without a device.
 
-Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows.
+Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows, V vocabulary.
 """
 
 from k25sys.ops import backends
 from k25sys.ops.combine import combine, reference_combine
 from k25sys.ops.dispatch import dispatch, reference_dispatch
 from k25sys.ops.experts import expert_mlp, reference_expert_mlp
+from k25sys.ops.linear_loss import (
+    linear_clipped_log_ratio_loss,
+    linear_cross_entropy,
+    reference_linear_clipped_log_ratio_loss,
+    reference_linear_cross_entropy,
+)
 from k25sys.ops.measure import peak_flops, record_phases
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, plan_dispatch, reference_plan_dispatch
+from k25sys.ops.policy_loss import (
+    clipped_log_ratio_loss,
+    reference_clipped_log_ratio_loss,
+    reference_vocab_parallel_clipped_log_ratio_loss,
+    vocab_parallel_clipped_log_ratio_loss,
+)
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
 from k25sys.ops.swiglu import reference_swiglu, swiglu
 
@@ -18,18 +30,26 @@ __all__ = [
     "DispatchPlan",
     "PackedExperts",
     "backends",
+    "clipped_log_ratio_loss",
     "combine",
     "dispatch",
     "expert_mlp",
+    "linear_clipped_log_ratio_loss",
+    "linear_cross_entropy",
     "peak_flops",
     "plan_dispatch",
     "record_phases",
+    "reference_clipped_log_ratio_loss",
     "reference_combine",
     "reference_dispatch",
     "reference_expert_mlp",
+    "reference_linear_clipped_log_ratio_loss",
+    "reference_linear_cross_entropy",
     "reference_plan_dispatch",
     "reference_route_tokens",
     "reference_swiglu",
+    "reference_vocab_parallel_clipped_log_ratio_loss",
     "route_tokens",
     "swiglu",
+    "vocab_parallel_clipped_log_ratio_loss",
 ]

@@ -119,3 +119,49 @@ class DeviceOps:
         sizes = [rows, width, native.DTYPE_CODES[gate_up.dtype]]
         self._call("swiglu_backward", inputs, {"grad_gate_up": grad}, [*inputs.values(), grad, *sizes])
         return grad
+
+    def _loss_inputs(
+        self, logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
+        rows, vocab = logits.shape
+        named = {"logits": logits, "targets": targets}
+        tokens = {"old": old, "advantages": advantages, "weights": weights}
+        sizes = [rows, vocab, 0, native.DTYPE_CODES[logits.dtype]]
+        return (
+            {name: self._place(value) for name, value in named.items()},
+            {name: self._place(value) for name, value in tokens.items()},
+            sizes,
+        )
+
+    def loss_rows(self, *inputs: Tensor, objective: tuple[object, ...], in_place: bool) -> tuple[Tensor, ...]:
+        """logits, targets, old, advantages, weights -> losses, log-probabilities, entropies, gradient of the logits."""
+        placed, tokens, sizes = self._loss_inputs(*inputs)
+        scalar = inputs[-1].dtype
+        outputs = {name: self._garbage((sizes[0],), scalar) for name in ("logprobs", "entropies", "losses")}
+        grad = placed["logits"] if in_place else self._garbage(tuple(inputs[0].shape), inputs[0].dtype)
+        written = {**outputs, ("logits" if in_place else "grad"): grad}
+        read = {name: value for name, value in {**placed, **tokens}.items() if name not in written}
+        addresses = tuple(value.data_ptr() for value in tokens.values())
+        self._call(
+            "loss_rows", read, written, [(*addresses, *objective), *placed.values(), *outputs.values(), grad, *sizes]
+        )
+        return outputs["losses"], outputs["logprobs"], outputs["entropies"], grad
+
+    def loss_rows_in_steps(self, *inputs: Tensor, objective: tuple[object, ...]) -> tuple[Tensor, ...]:
+        """The same by logit_stats, token_losses and logit_grad, as a sharded vocabulary takes them."""
+        placed, tokens, sizes = self._loss_inputs(*inputs)
+        scalar = inputs[-1].dtype
+        stats = self._garbage((sizes[0], 4), scalar)
+        read = {**placed, "weights": tokens["weights"]}
+        self._call("logit_stats", read, {"stats": stats}, [*read.values(), stats, *sizes])
+        biggest, sums, weighted, at_target = stats.unbind(1)
+        log_sums = biggest + torch.where(tokens["weights"] == 0, 1, sums).log()
+        logprobs = self._place(at_target - log_sums)
+        made = {name: self._garbage((sizes[0],), scalar) for name in ("losses", "slopes")}
+        addresses = tuple(value.data_ptr() for value in tokens.values())
+        arguments = [(*addresses, *objective), logprobs, *made.values(), sizes[0], native.DTYPE_CODES[scalar]]
+        self._call("token_losses", {**tokens, "logprobs": logprobs}, made, arguments)
+        grad = self._garbage(tuple(inputs[0].shape), inputs[0].dtype)
+        read = {**placed, "log_sums": self._place(log_sums), "slopes": self._place(made["slopes"])}
+        self._call("logit_grad", read, {"grad": grad}, [*read.values(), grad, *sizes])
+        return made["losses"], logprobs, log_sums - weighted / torch.where(tokens["weights"] == 0, 1, sums), grad

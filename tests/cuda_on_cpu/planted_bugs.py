@@ -118,4 +118,41 @@ PLANTED_BUGS = (
         new="e += 2 * kWarpSize) row[e] = 0;",
         caught_as="",
     ),
+    PlantedBug(
+        name="sums of a warp joined without their maxima",
+        file="policy_loss/kernels.cuh",
+        old="const S theirs = other_max > S(-1e30) ? natural_exp(other_max - top) : S(0);",
+        new="const S theirs = S(1);",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="row sums of one warp too few",
+        file="policy_loss/kernels.cuh",
+        old="lane < kRowWarps ? shared[lane]",
+        new="lane < kRowWarps - 1 ? shared[lane]",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="no barrier before the warps' sums are read",
+        file="policy_loss/kernels.cuh",
+        old="if (lane == 0) shared[warp] = mine;\n  __syncthreads();",
+        new="if (lane == 0) shared[warp] = mine;",
+        caught_as="race at byte",
+    ),
+    PlantedBug(
+        name="target off by one in the gradient",
+        file="policy_loss/kernels.cuh",
+        old="slope * (S(i + j == target)",
+        new="slope * (S(i + j + 1 == target)",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="target's logit read after it may be overwritten",
+        file="policy_loss/kernels.cuh",
+        old="    logprob = at_target - log_sum;\n",
+        new="    Element* out = static_cast<Element*>(p.grad_logits) + t * p.vocab;\n"
+        "    write_grad<Element, kVectorized>(row, out, p.vocab, target, log_sum, S(1));\n"
+        "    logprob = logit_at(row, target, p.vocab) - log_sum;\n",
+        caught_as="race at byte",
+    ),
 )

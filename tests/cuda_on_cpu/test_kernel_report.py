@@ -21,6 +21,9 @@ WIDE = {
     ("route_tokens", "route_tokens_kernelIfLi3"): (3, 0),
     ("route_tokens", "route_tokens_kernelINS0_4Bf16ELi2"): (2, 0),
     ("route_tokens", "route_tokens_backward_kernelIfLb1"): (0, 1),
+    ("policy_loss", "loss_rows_kernelIfLb1"): (2, 1),
+    ("policy_loss", "loss_rows_kernelINS0_4Bf16ELb1"): (2, 1),
+    ("policy_loss", "logit_grad_kernelINS0_4Bf16ELb1"): (1, 1),
     ("plan_dispatch", "count_slots_kernelIi"): (1, 0),
     ("plan_dispatch", "place_slots_kernelIi"): (1, 0),
 }

@@ -1,5 +1,6 @@
 """Every CUDA kernel on the CPU, as translated PTX and as source, in all thread orders, against the references."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from k25sys import ops
 from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
 from tests.ops.generators import MoeCase, check_routing, first_difference, moe_cases, relative_error, tolerance
+from tests.ops.test_policy_loss import BOUNDS, LossCase, cases, near_a_bound
 
 EXECUTORS = ("ptx", "source")
 SCALE = 2.827
@@ -211,3 +213,35 @@ def test_a_plan_entry_out_of_range_traps(executor: ModuleType, name: str) -> Non
             device.combine(torch.ones(4, 8), weights, plan)
         with pytest.raises(RuntimeError, match="trap"):
             device.combine_backward(x, torch.ones(4, 8), weights, plan)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@generated
+@given(case=cases, shift=shifts)
+def test_policy_loss(executor: ModuleType, name: str, case: LossCase, shift: int) -> None:
+    case = replace(case, num_tokens=min(case.num_tokens, 4), vocab=case.vocab * 8 if case.seed % 3 else case.vocab)
+    hidden, head = case.layer()
+    logits = (hidden.double() @ head.double().T).to(case.dtype)
+    targets, old, advantages, mask = case.tokens(logits)
+    if near_a_bound(case, logits):
+        return
+    weights = mask.to(old.dtype) / mask.sum().clamp_min(1)
+    objective = (0, *BOUNDS.values(), case.penalty_on == "all")
+    inputs = (logits, targets, old, advantages, weights)
+    fused = same_for_all_orders(
+        executor, name, shift, lambda d: d.loss_rows(*inputs, objective=objective, in_place=False)
+    )
+    steps = same_for_all_orders(executor, name, shift, lambda d: d.loss_rows_in_steps(*inputs, objective=objective))
+    in_place = DeviceOps(executor, name, shift=shift).loss_rows(*inputs, objective=objective, in_place=True)
+    assert [first_difference(a, b) for a, b in zip(fused, in_place, strict=True)] == [""] * 4
+    leaf = logits.double().requires_grad_()
+    exact = ops.reference_vocab_parallel_clipped_log_ratio_loss(
+        leaf, targets, old.double(), advantages.double(), mask, **BOUNDS, penalty_on=case.penalty_on
+    )
+    (exact_grad,) = torch.autograd.grad(exact, leaf)
+    entropy = torch.special.entr(leaf.detach().softmax(-1)).sum(-1) * mask
+    for losses, _, entropies, grad in (fused, steps):
+        assert relative_error(grad, exact_grad) <= tolerance(case.dtype)
+        assert abs(float(losses.sum()) - float(exact.detach())) <= 1e-5 * max(1.0, abs(float(exact.detach())))
+        assert relative_error(entropies * mask, entropy) <= 1e-4
+        assert not grad[~mask].any()

@@ -12,6 +12,7 @@ from tests.cuda_on_cpu import build
 from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
 from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, PLANTED_BUGS, PlantedBug
 from tests.ops.generators import MoeCase, relative_error
+from tests.ops.test_policy_loss import BOUNDS, LossCase
 
 CASE = MoeCase(
     num_tokens=40, num_experts=300, top_k=5, dim=400, width=24, dtype=torch.float32, routing="skewed", seed=4
@@ -28,7 +29,20 @@ def wrong_results(device: DeviceOps) -> list[str]:
     ops.reference_route_tokens(logits, t.bias_E, top_k=5, scale=1.0)[0].backward(t.weights_TK)
     assert logits.grad is not None
     expected_grad_weights = (t.grad_TD.repeat_interleave(5, 0) * t.rows_MD[plan.row_of_slot_TK.view(-1).long()]).sum(1)
+    rows = LossCase(num_tokens=3, vocab=5000, dim=6, dtype=torch.float32, with_loss=1.0, seed=1)
+    hidden, head = rows.layer()
+    targets, old, advantages, mask = rows.tokens(hidden @ head.T)
+    loss_inputs = (hidden @ head.T, targets, old, advantages, mask.float() / 3)
+    leaf = loss_inputs[0].double().requires_grad_()
+    ops.reference_vocab_parallel_clipped_log_ratio_loss(
+        leaf, targets, old.double(), advantages.double(), mask, **BOUNDS
+    ).backward()
+    assert leaf.grad is not None
     pairs = {
+        "loss_rows": (
+            device.loss_rows(*loss_inputs, objective=(0, *BOUNDS.values(), True), in_place=True)[3],
+            leaf.grad,
+        ),
         "plan_dispatch": (device.plan_dispatch(t.experts_TK, CASE.num_experts).row_of_slot_TK, plan.row_of_slot_TK),
         "dispatch": (device.dispatch(t.x_TD, plan), ops.reference_dispatch(t.x_TD, plan)),
         "combine": (

@@ -74,6 +74,8 @@ CASES = [
     ("min.f32 %d, %a, %b", (0, 0x80000000), 0x80000000),
     ("ex2.approx.ftz.f32 %d, %a", (f32(-149.0),), 0),
     ("ex2.approx.ftz.f32 %d, %a", (f32(3.0),), f32(8.0)),
+    ("rcp.approx.ftz.f64 %D, %A", (0x4008000000000001,), 0x3FD5555500000000),  # 3 and a little
+    ("rcp.approx.ftz.f64 %D, %A", (1,), 0x7FF0000000000000),
     ("setp.lt.s32 %p, %a, %b;\n selp.b32 %d, 1, 0, %p", (M1, 1), 1),
     ("setp.lt.u32 %p, %a, %b;\n selp.b32 %d, 1, 0, %p", (M1, 1), 0),
     ("setp.ne.f32 %p, %a, %b;\n selp.b32 %d, 1, 0, %p", (NAN, ONE), 0),

@@ -3,6 +3,8 @@
 #include "common/cpu_isa.h"
 #include "dispatch/api.h"
 #include "expert_mlp/api.h"
+#include "linear_loss/api.h"
+#include "policy_loss/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
@@ -15,6 +17,12 @@
   void combine_backward(const CombineBackward&, int);          \
   void swiglu(const Swiglu&, int);                             \
   void swiglu_backward(const SwigluBackward&, int);            \
+  void token_losses(const TokenLosses&, int);                  \
+  void logit_stats(const LogitStats&, int);                    \
+  void logit_grad(const LogitGrad&, int);                      \
+  void loss_rows(const LossRows&, int);                        \
+  void linear_logits(const LinearLogits&, int);                \
+  void linear_grads(const LinearGrads&, int);                  \
   void expert_mlp(const ExpertMlp&, int);                      \
   void expert_mlp_backward(const ExpertMlpBackward&, int);     \
   void pack_weights(const PackWeights&, int);                  \

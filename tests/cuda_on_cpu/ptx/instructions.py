@@ -87,6 +87,7 @@ def _define_floating_point() -> None:
     _expression(rf"abs\.{_FLOAT}", "std::abs({a})", one)
     _expression(rf"min\.{_FLOAT}", "min_of<{T}>({a}, {b})", two)
     _expression(rf"max\.{_FLOAT}", "max_of<{T}>({a}, {b})", two)
+    _expression(r"rcp\.approx\.ftz\.(f64)", "gross_reciprocal({a})", one)
     _expression(r"ex2\.approx\.ftz\.(f32)", "flush(std::exp2(flush({a})))", one)
 
 

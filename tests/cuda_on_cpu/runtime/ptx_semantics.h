@@ -126,6 +126,15 @@ T fma_rounded(T a, T b, T c, int mode) {
 
 inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
+// rcp.approx.ftz.f64: of the operand's upper 32 bits, as the upper 32 bits of the result.
+inline double gross_reciprocal(double x) {
+  const auto upper = [](double value) { return bit_cast<double>(bit_cast<uint64_t>(value) & 0xffffffff00000000ull); };
+  const auto flushed = [](double value) {
+    return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0, value) : value;
+  };
+  return upper(flushed(1.0 / flushed(upper(x))));
+}
+
 template <class T>
 T saturate(T x) {
   return x > 0 ? (x < 1 ? x : T(1)) : T(0);  // NaN becomes 0
