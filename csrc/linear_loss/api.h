@@ -14,7 +14,7 @@ struct LinearLogits {
   const void* head;        // (V, D)
   const int64_t* targets;  // (T)
   void* logits_VT;         // (V, T) S: f32, or f64 where dtype is f64
-  void* stats;             // (T, 4) S: max, sum of exp(x - max), sum of exp(x - max) x, the target's logit or -inf
+  void* stats;             // (T, 4) S: max, sum of exp(x - max), of exp(x - max) (x - max), target's logit
   int64_t num_tokens, vocab, vocab_start, dim;
   DType dtype;  // of hidden and head
 };

@@ -77,22 +77,23 @@ struct LinearLoss {
   }
 
   // --- logits ----------------------------------------------------------------------------------------------------
-  // max, sum of exp(x - max) and sum of exp(x - max) x of each token over a range of the vocabulary: (3, T).
+  // max, sum of exp(x - max) and sum of exp(x - max) (x - max) of each token over a range of the vocabulary: (3, T).
   static void range_stats(const S* logits, int64_t range, int64_t num_tokens, S* out) {
     for (int64_t t = 0; t < num_tokens; t += lanes) {
       const int64_t n = num_tokens - t;
       Vector max = splat(S(-__builtin_inff()));
       for (int64_t v = 0; v < range; ++v) {
         const Vector x = load_partial(logits + v * num_tokens + t, n);
-        max = x > max ? x : max;
+        max = larger(x, max);
       }
       const Vector base = max < S(-1e30) ? Vector{} : max;
       Vector sum{}, weighted{};
       for (int64_t v = 0; v < range; ++v) {
         const Vector x = load_partial(logits + v * num_tokens + t, n);
-        const Vector e = exp_below_zero(x - base);
+        const Vector below = below_zero(x, base);
+        const Vector e = exp_below_zero(below);
         sum += e;
-        weighted += e * (x < S(-1e30) ? Vector{} : x);
+        weighted += e * below;
       }
       store_partial(out + t, max, n);
       store_partial(out + num_tokens + t, sum, n);
@@ -112,7 +113,7 @@ struct LinearLoss {
         const S* part = parts + 3 * r * count + t;
         const S scale = part[0] > S(-1e30) ? exp_of(part[0] - max) : S(0);
         sum += part[count] * scale;
-        weighted += part[2 * count] * scale;
+        weighted += scale == 0 ? 0 : (part[2 * count] + part[count] * (part[0] - max)) * scale;
       }
       const int64_t target = p.targets[t] - p.vocab_start;
       auto* out = static_cast<S*>(p.stats) + 4 * t;
@@ -159,8 +160,8 @@ struct LinearLoss {
       for (int64_t v = begin; v < end; ++v) {
         for (int64_t t = first; t < last; t += lanes) {
           const int64_t n = last - t;
-          const Vector x = load_partial(logits + v * count + t, n) - load_partial(log_sums + t, n);
-          store_partial(grad + v * count + t, exp_below_zero(x) * -load_partial(slopes + t, n), n);
+          const Vector below = below_zero(load_partial(logits + v * count + t, n), load_partial(log_sums + t, n));
+          store_partial(grad + v * count + t, exp_below_zero(below) * -load_partial(slopes + t, n), n);
         }
       }
       for (int64_t t = first; t < last; ++t) {

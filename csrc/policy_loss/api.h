@@ -32,7 +32,7 @@ struct LogitStats {
   const void* logits;      // (T, V)
   const int64_t* targets;  // (T)
   const void* weights;     // (T) S
-  void* stats;             // (T, 4) S: max, sum of exp(x - max), sum of exp(x - max) x, the target's logit
+  void* stats;             // (T, 4) S: max, sum of exp(x - max), sum of exp(x - max) (x - max), the target's logit
   int64_t num_tokens, vocab, vocab_start;
   DType dtype;  // of logits
 };

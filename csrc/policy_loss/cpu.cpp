@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "common/cpu/isa_functions.h"
 #include "common/threads.h"
 #include "policy_loss/rows.h"
@@ -20,7 +22,7 @@ struct Losses {
       auto* out = static_cast<S*>(p.stats) + 4 * t;
       RowStats<S> row{};
       if (static_cast<const S*>(p.weights)[t] != 0) {
-        row = Row::stats(row_of(p.logits, t, p.vocab), p.vocab, p.targets[t] - p.vocab_start);
+        row = Row::template stats<false>(row_of(p.logits, t, p.vocab), p.vocab, p.targets[t] - p.vocab_start, nullptr);
       }
       out[0] = row.max;
       out[1] = row.sum;
@@ -36,26 +38,34 @@ struct Losses {
     });
   }
 
-  // The row stays in the second-level cache from its maximum to its gradient.
+  // The row stays in the second-level cache from its maximum to its gradient, and so do its exponentials: one a logit.
   static void rows(const LossRows& p, int num_threads) {
+    constexpr bool in_out = std::is_same_v<S, Element>;  // room for the exponentials is where the gradient will be
     parallel_for(p.num_tokens, num_threads, [&](int64_t t) {
       const Element* row = row_of(p.logits, t, p.vocab);
       const int64_t target = p.targets[t] - p.vocab_start;
+      auto* grad = p.grad_logits ? static_cast<Element*>(p.grad_logits) + t * p.vocab : nullptr;
       TokenLoss<S> token{};
-      S log_sum = 0, logprob = 0, entropy = 0;
+      RowStats<S> stats{};
+      S log_sum = 0, logprob = 0, entropy = 0, *kept = nullptr;
       if (static_cast<const S*>(p.tokens.weights)[t] != 0) {
-        const RowStats<S> stats = Row::stats(row, p.vocab, target);
+        if (grad) kept = in_out ? reinterpret_cast<S*>(grad) : scratch(p.vocab);
+        stats = grad ? Row::template stats<true>(row, p.vocab, target, kept)
+                     : Row::template stats<false>(row, p.vocab, target, nullptr);
         log_sum = stats.max + log_of(stats.sum);
         logprob = stats.target - log_sum;
-        entropy = log_sum - stats.weighted / stats.sum;
+        entropy = log_of(stats.sum) - stats.weighted / stats.sum;
         token = token_loss(p.tokens, t, logprob, exp_of<S>);
       }
       static_cast<S*>(p.logprobs)[t] = logprob;
       static_cast<S*>(p.entropies)[t] = entropy;
       static_cast<S*>(p.losses)[t] = token.loss;
-      if (!p.grad_logits) return;
-      Row::grad(row, static_cast<Element*>(p.grad_logits) + t * p.vocab, p.vocab, target, log_sum, token.slope);
+      if (grad) Row::grad_of_kept(kept, grad, p.vocab, target, stats, log_sum, token.slope);
+      stream_fence();
     });
+  }
+  static S* scratch(int64_t vocab) {
+    return static_cast<S*>(thread_scratch(Scratch::partial, vocab * int64_t(sizeof(S))));
   }
 };
 

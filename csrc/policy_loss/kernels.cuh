@@ -35,15 +35,16 @@ __device__ __forceinline__ void load_changing(const Element* p, ScalarOf<Element
 
 template <class S>
 struct Sums {
-  S max, sum, weighted;  // sum of exp(x - max), sum of exp(x - max) x
+  S max, sum, weighted;  // sum of exp(x - max), of exp(x - max) (x - max)
 
   // The sums of both sets; a set without a number above -inf adds nothing.
   __device__ __forceinline__ void join(S other_max, S other_sum, S other_weighted) {
     const S top = other_max > max ? other_max : max;
     const S mine = max > S(-1e30) ? natural_exp(max - top) : S(0);
     const S theirs = other_max > S(-1e30) ? natural_exp(other_max - top) : S(0);
+    weighted = mine == 0 ? S(0) : (weighted + sum * (max - top)) * mine;
+    weighted += theirs == 0 ? S(0) : (other_weighted + other_sum * (other_max - top)) * theirs;
     sum = sum * mine + other_sum * theirs;
-    weighted = weighted * mine + other_weighted * theirs;
     max = top;
   }
 };
@@ -75,12 +76,13 @@ __device__ __forceinline__ Sums<ScalarOf<Element>> row_sums(const Element* row, 
     for (int j = 0; j < kCount; ++j) top = x[j] > top ? x[j] : top;
     const S base = top > S(-1e30) ? top : S(0);
     const S scale = mine.max > S(-1e30) ? natural_exp(mine.max - base) : S(0);
-    mine = {top, mine.sum * scale, mine.weighted * scale};
+    const S shift = mine.max > S(-1e30) ? mine.max - base : S(0);
+    mine = {top, mine.sum * scale, (mine.weighted + mine.sum * shift) * scale};
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const S e = natural_exp(x[j] - base);
       mine.sum += e;
-      mine.weighted += x[j] < S(-1e30) ? S(0) : e * x[j];
+      mine.weighted += e == 0 ? S(0) : e * (x[j] - base);  // a forbidden token is -inf
     }
   }
   mine = warp_join(mine);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) loss_rows_kernel(LossRows p) {
     const Sums<S> sums = row_sums<Element, kVectorized>(row, p.vocab, static_cast<Sums<S>*>(shared_memory()));
     log_sum = sums.max + natural_log(sums.sum);
     logprob = at_target - log_sum;
-    entropy = log_sum - sums.weighted / sums.sum;
+    entropy = natural_log(sums.sum) - sums.weighted / sums.sum;
     token = token_loss(p.tokens, t, logprob, NaturalExp<S>());
   }
   if (threadIdx.x == 0) {

@@ -270,13 +270,14 @@ def join_shards(stats: Tensor, weights: Tensor, process_group: Any) -> tuple[Ten
 
         largest = torch.stack([biggest, at_target])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group)
-        scale = torch.where(biggest > -1e30, (biggest - largest[0]).exp(), 0.0)
-        totals = torch.stack([sums * scale, weighted * scale])
+        shift = torch.where(biggest > -1e30, biggest - largest[0], 0.0)
+        scale = torch.where(biggest > -1e30, shift.exp(), 0.0)
+        totals = torch.stack([sums * scale, (weighted + sums * shift) * scale])
         dist.all_reduce(totals, group=process_group)
         (biggest, at_target), (sums, weighted) = largest, totals
     sums = torch.where(weights == 0, 1.0, sums)
     log_sums = biggest + sums.log()
-    return log_sums, at_target - log_sums, log_sums - weighted / sums
+    return log_sums, at_target - log_sums, sums.log() - weighted / sums
 
 
 def check_target_found(op: str, at_target: Tensor, targets: Tensor, weights: Tensor) -> None:

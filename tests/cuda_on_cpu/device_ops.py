@@ -155,7 +155,8 @@ class DeviceOps:
         read = {**placed, "weights": tokens["weights"]}
         self._call("logit_stats", read, {"stats": stats}, [*read.values(), stats, *sizes])
         biggest, sums, weighted, at_target = stats.unbind(1)
-        log_sums = biggest + torch.where(tokens["weights"] == 0, 1, sums).log()
+        sums = torch.where(tokens["weights"] == 0, 1, sums)
+        log_sums = biggest + sums.log()
         logprobs = self._place(at_target - log_sums)
         made = {name: self._garbage((sizes[0],), scalar) for name in ("losses", "slopes")}
         addresses = tuple(value.data_ptr() for value in tokens.values())
@@ -164,4 +165,4 @@ class DeviceOps:
         grad = self._garbage(tuple(inputs[0].shape), inputs[0].dtype)
         read = {**placed, "log_sums": self._place(log_sums), "slopes": self._place(made["slopes"])}
         self._call("logit_grad", read, {"grad": grad}, [*read.values(), grad, *sizes])
-        return made["losses"], logprobs, log_sums - weighted / torch.where(tokens["weights"] == 0, 1, sums), grad
+        return made["losses"], logprobs, sums.log() - weighted / sums, grad

@@ -163,6 +163,18 @@ K25_INLINE auto sum_lanes(V value) {  // fixed order
   return total;
 }
 
+// The larger lane by lane; where one is NaN, b.
+K25_INLINE F32V larger(F32V a, F32V b) {
+#if defined(__AVX512F__)
+  return (F32V)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);  // gcc 12 warns of the plain one
+#elif defined(__AVX2__) && !defined(K25_EMULATED_BF16)
+  return (F32V)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+K25_INLINE F64V larger(F64V a, F64V b) { return a > b ? a : b; }
+
 // exp(x) to 1-2 ulp: 2^n * p(r), |r| <= ln(2) / 2. Overflow gives inf, underflow 0, NaN stays NaN.
 K25_INLINE F32V exp(F32V x) {
   const F32V clamped = x > 88.722839f ? splat(88.722839f) : (x < -87.336544f ? splat(-87.336544f) : x);
