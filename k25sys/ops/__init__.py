@@ -1,7 +1,8 @@
 """The ops of k25sys. Each has faces that agree: `reference_*` in plain torch, the CPU kernel, and the CUDA
 kernel, which tests/cuda_on_cpu also runs without a device.
 
-Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows.
+Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows,
+P patches, N clips, Q pooled tokens of C patches.
 """
 
 from k25sys.ops import backends
@@ -11,6 +12,7 @@ from k25sys.ops.experts import expert_mlp, reference_expert_mlp
 from k25sys.ops.measure import peak_flops, record_phases
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, plan_dispatch, reference_plan_dispatch
+from k25sys.ops.pool_temporal_patches import pool_temporal_patches, reference_pool_temporal_patches
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
 from k25sys.ops.swiglu import reference_swiglu, swiglu
 
@@ -23,11 +25,13 @@ __all__ = [
     "expert_mlp",
     "peak_flops",
     "plan_dispatch",
+    "pool_temporal_patches",
     "record_phases",
     "reference_combine",
     "reference_dispatch",
     "reference_expert_mlp",
     "reference_plan_dispatch",
+    "reference_pool_temporal_patches",
     "reference_route_tokens",
     "reference_swiglu",
     "route_tokens",

@@ -1,0 +1,234 @@
+#include "common/cpu/isa_functions.h"
+#include "common/cpu/simd.h"
+#include "common/threads.h"
+
+namespace k25::cpu::K25_ISA {
+namespace {
+
+constexpr int64_t kRunsPerTask = 32;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output: more than the caches keep for the next op
+
+// A cache line of elements, in the vectors that they are computed in.
+template <class Element>
+struct Line {
+  using Scalar = typename Compute<Element>::Scalar;
+  using Vector = typename Compute<Element>::Vector;
+  static constexpr int kCount = kLineBytes / sizeof(Element);
+  static constexpr int kVectors = kCount * sizeof(Scalar) / sizeof(Vector);
+  Vector v[kVectors];
+
+  K25_INLINE void load(const Element* from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) v[i] = K25_ISA::load<Vector>(from + i * (kCount / kVectors));
+  }
+  template <bool kPastCaches>
+  K25_INLINE void store(Element* to) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      Element* at = to + i * (kCount / kVectors);
+      if constexpr (kPastCaches) {
+        stream(at, v[i]);
+      } else {
+        K25_ISA::store(at, v[i]);
+      }
+    }
+  }
+};
+
+// Rounded to bf16 in the upper half of each word, to nearest even; NaN stays NaN.
+K25_INLINE U32V round_words(F32V value) {
+  const U32V bits = (U32V)value;
+  const U32V rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (U32V)(value != value) ? bits | 0x400000u : rounded;
+}
+
+// bf16: the even elements in one vector and the odd ones in the next. Both are a mask or a shift away from the 32-bit
+// word that holds them, where widening in order costs a shuffle for each vector and narrowing three.
+template <>
+struct Line<Bf16> {
+  using Scalar = float;
+  using Vector = F32V;
+  static constexpr int kCount = kLineBytes / 2;
+  static constexpr int kVectors = kCount / kLanes;
+  Vector v[kVectors];
+
+  K25_INLINE void load(const Bf16* from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i += 2) {
+      const U32V words = K25_ISA::load<U32V>(from + i * kLanes);
+      v[i] = (F32V)(words << 16);
+      v[i + 1] = (F32V)(words & 0xffff0000u);
+    }
+  }
+  template <bool kPastCaches>
+  K25_INLINE void store(Bf16* to) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i += 2) {
+      const U32V words = (round_words(v[i]) >> 16) | (round_words(v[i + 1]) & 0xffff0000u);
+      if constexpr (kPastCaches) {
+        stream(to + i * kLanes, words);
+      } else {
+        K25_ISA::store(to + i * kLanes, words);
+      }
+    }
+  }
+};
+
+// Division by the number of frames, correctly rounded. Where the number is a power of two its reciprocal is exact.
+template <class Scalar>
+struct Share {
+  Scalar frames, reciprocal;
+  bool exact;
+
+  explicit Share(int64_t count) : frames(Scalar(count)), reciprocal(1 / frames), exact((count & (count - 1)) == 0) {}
+  template <class Vector, int kVectors>
+  K25_INLINE void apply(Vector (&v)[kVectors]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) v[i] = exact ? v[i] * reciprocal : v[i] / frames;
+  }
+};
+
+// Where the runs of one thread lie, in the order of the result.
+template <class Problem>
+struct Walk {
+  const Problem& p;
+  const Clip* clip;
+  int64_t out, row, column, in_neighbourhood;  // next neighbourhood, its top left patch, and the next run in it
+
+  Walk(const Problem& problem, int64_t first_run) : p(problem), out(first_run / problem.merge_h) {
+    int64_t low = 0, high = p.num_clips;  // the last clip that starts at `out` or before
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (p.clips[middle].first_out <= out ? low : high) = middle;
+    }
+    clip = p.clips + low;
+    const int64_t across = clip->width / p.merge_w;
+    row = (out - clip->first_out) / across * p.merge_h;
+    column = (out - clip->first_out) % across * p.merge_w;
+    in_neighbourhood = first_run % p.merge_h;
+  }
+
+  // The first patch of the next run in the clip's first frame.
+  int64_t patch() const { return clip->first_patch + (row + in_neighbourhood) * clip->width + column; }
+
+  void advance() {
+    if (++in_neighbourhood < p.merge_h) return;
+    in_neighbourhood = 0;
+    column += p.merge_w;
+    if (column < clip->width) return;
+    column = 0;
+    row += p.merge_h;
+    if (row < clip->height) return;
+    row = 0;
+    ++clip;
+  }
+};
+
+template <class Element>
+struct RunOps {
+  using L = Line<Element>;
+  using Scalar = typename L::Scalar;
+
+  template <bool kPastCaches>
+  static void mean(const Element* from, int64_t frame, int64_t frames, int64_t count, Element* to) {
+    const Share<Scalar> share(frames);
+    int64_t i = 0;
+    for (; i + L::kCount <= count; i += L::kCount) {
+      L sum, next;
+      sum.load(from + i);
+      for (int64_t f = 1; f < frames; ++f) {
+        next.load(from + f * frame + i);
+#pragma GCC unroll 8
+        for (int v = 0; v < L::kVectors; ++v) sum.v[v] += next.v[v];
+      }
+      share.apply(sum.v);
+      sum.template store<kPastCaches>(to + i);
+    }
+    for (; i < count; ++i) {
+      Scalar sum = load_scalar(from + i);
+      for (int64_t f = 1; f < frames; ++f) sum += load_scalar(from + f * frame + i);
+      store_scalar(to + i, sum / share.frames);
+    }
+  }
+
+  template <bool kPastCaches>
+  static void spread(const Element* from, int64_t frame, int64_t frames, int64_t count, Element* to) {
+    const Share<Scalar> share(frames);
+    int64_t i = 0;
+    for (; i + L::kCount <= count; i += L::kCount) {
+      L line;
+      line.load(from + i);
+      share.apply(line.v);
+      for (int64_t f = 0; f < frames; ++f) line.template store<kPastCaches>(to + f * frame + i);
+    }
+    for (; i < count; ++i) {
+      for (int64_t f = 0; f < frames; ++f) store_scalar(to + f * frame + i, load_scalar(from + i) / share.frames);
+    }
+  }
+
+  template <bool kPastCaches>
+  static void pool(const PoolTemporalPatches& p, int num_threads) {
+    const int64_t run = p.merge_w * p.dim;
+    parallel_ranges(p.num_out * p.merge_h, kRunsPerTask, num_threads, [&](int64_t begin, int64_t end) {
+      Walk<PoolTemporalPatches> walk(p, begin);
+      for (int64_t r = begin; r < end; ++r, walk.advance()) {
+        const auto* from = static_cast<const Element*>(p.x) + walk.patch() * p.dim;
+        const int64_t frame = walk.clip->height * walk.clip->width * p.dim;
+        mean<kPastCaches>(from, frame, walk.clip->frames, run, static_cast<Element*>(p.out) + r * run);
+      }
+      if (kPastCaches) stream_fence();
+    });
+  }
+
+  template <bool kPastCaches>
+  static void pool_backward(const PoolTemporalPatchesBackward& p, int num_threads) {
+    const int64_t run = p.merge_w * p.dim;
+    parallel_ranges(p.num_out * p.merge_h, kRunsPerTask, num_threads, [&](int64_t begin, int64_t end) {
+      Walk<PoolTemporalPatchesBackward> walk(p, begin);
+      for (int64_t r = begin; r < end; ++r, walk.advance()) {
+        auto* to = static_cast<Element*>(p.grad_x) + walk.patch() * p.dim;
+        const int64_t frame = walk.clip->height * walk.clip->width * p.dim;
+        spread<kPastCaches>(static_cast<const Element*>(p.grad_out) + r * run, frame, walk.clip->frames, run, to);
+      }
+      if (kPastCaches) stream_fence();
+    });
+  }
+};
+
+// Whether results of `rows` rows go past the caches: only whole lines do.
+template <class Problem>
+bool past_caches(const Problem& p, const void* result, int64_t rows) {
+  const int64_t bytes = p.dim * size_of(p.dtype);
+  const bool whole_lines = bytes % kLineBytes == 0 && reinterpret_cast<uintptr_t>(result) % kLineBytes == 0;
+  return whole_lines && rows * bytes >= kStreamFrom;
+}
+
+template <class Element>
+void forward(const PoolTemporalPatches& p, int num_threads) {
+  if (past_caches(p, p.out, p.num_out * p.merge_h * p.merge_w))
+    return RunOps<Element>::template pool<true>(p, num_threads);
+  RunOps<Element>::template pool<false>(p, num_threads);
+}
+
+template <class Element>
+void backward(const PoolTemporalPatchesBackward& p, int num_threads) {
+  if (past_caches(p, p.grad_x, p.num_patches)) return RunOps<Element>::template pool_backward<true>(p, num_threads);
+  RunOps<Element>::template pool_backward<false>(p, num_threads);
+}
+
+}  // namespace
+
+void pool_temporal_patches(const PoolTemporalPatches& p, int num_threads) {
+  if (p.dtype == DType::bf16) return forward<Bf16>(p, num_threads);
+  if (p.dtype == DType::f32) return forward<float>(p, num_threads);
+  forward<double>(p, num_threads);
+}
+
+void pool_temporal_patches_backward(const PoolTemporalPatchesBackward& p, int num_threads) {
+  if (p.dtype == DType::bf16) return backward<Bf16>(p, num_threads);
+  if (p.dtype == DType::f32) return backward<float>(p, num_threads);
+  backward<double>(p, num_threads);
+}
+
+}  // namespace k25::cpu::K25_ISA
