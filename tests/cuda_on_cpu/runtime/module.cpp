@@ -42,7 +42,8 @@ PYBIND11_MODULE(cuda_on_cpu_executor, module) {
   namespace cuda = k25::cuda;
   k25::bind_ops<k25::Stream>(
       module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
-               cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward});
+               cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward, cuda::pool_temporal_patches,
+               cuda::pool_temporal_patches_backward});
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
 #endif
 }
