@@ -165,6 +165,7 @@ struct RunOps {
   }
 
   static void pool(const PoolTemporalPatches& p, int num_threads) {
+    if (p.dim == 0) return;  // tensors without elements have no address
     const int64_t run = p.merge_w * p.dim;
     parallel_ranges(p.num_out * p.merge_h, kRunsPerTask, num_threads, [&](int64_t begin, int64_t end) {
       Walk<PoolTemporalPatches> walk(p, begin);
@@ -176,6 +177,7 @@ struct RunOps {
   }
 
   static void pool_backward(const PoolTemporalPatchesBackward& p, int num_threads) {
+    if (p.dim == 0) return;  // tensors without elements have no address
     const int64_t run = p.merge_w * p.dim;
     parallel_ranges(p.num_out * p.merge_h, kRunsPerTask, num_threads, [&](int64_t begin, int64_t end) {
       Walk<PoolTemporalPatchesBackward> walk(p, begin);

@@ -334,6 +334,7 @@ int main() {
       test_small_ops(num_threads);
       test_pooling(37, 2, 2, num_threads);
       test_pooling(128, 1, 3, num_threads);
+      test_pooling(0, 2, 2, num_threads);
     }
     std::printf("%s: %s\n", isa.c_str(), failures ? "FAILED" : "ok");
   }

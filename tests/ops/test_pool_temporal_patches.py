@@ -1,6 +1,7 @@
 """pool_temporal_patches against its reference, transformers, and everything that torch asks of an op."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_a_bad_grid_is_refused(grid: list, text: str) -> None:
 
 def test_other_bad_arguments_are_refused() -> None:
     x_PD, grid_thw_N3 = torch.randn(20, 3), torch.tensor(GRID)
-    for arguments, text in (
+    calls: list[tuple[tuple[Any, ...], str]] = [
         ((x_PD, grid_thw_N3, 2), "merge: got int 2, accepted a pair of ints"),
         ((x_PD, grid_thw_N3, (2, 2, 2)), "merge: got tuple (2, 2, 2), accepted a pair of ints"),
         ((x_PD, grid_thw_N3, (2, 0)), "merge[1]: got 0, accepted 1 to 1024"),
@@ -236,7 +237,8 @@ def test_other_bad_arguments_are_refused() -> None:
         ((x_PD[0], grid_thw_N3), "x_PD: got shape (3,), accepted (P, D)"),
         ((x_PD, GRID), "grid_thw_N3: got list, accepted a torch.Tensor"),
         ((x_PD, grid_thw_N3.to("meta")), "grid_thw_N3: got device meta, accepted cpu"),
-    ):
+    ]
+    for arguments, text in calls:
         with pytest.raises((TypeError, ValueError), match=r"^pool_temporal_patches: " + re.escape(text)):
             ops.pool_temporal_patches(*arguments)
 
