@@ -72,6 +72,8 @@ def test_long_rows(isa: str, case: PatchCase, shift: int) -> None:
     expected = values_and_gradient(ops.reference_pool_temporal_patches, case)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance(case.dtype), atol=0)
+        # Sums of so few bf16 numbers are exact in float32: only the one rounding is left to differ.
+        assert case.dtype != torch.bfloat16 or not first_difference(a, b)
 
 
 @settings(max_examples=60)
