@@ -27,8 +27,8 @@ struct Line {
   }
 };
 
-// Rounded to bf16 in the upper half of each word, to nearest even. A NaN needs no care: it comes from a bf16 or from the
-// processor, with zeros in the lower half, and rounding leaves it as it is.
+// Rounded to bf16 in the upper half of each word, to nearest even. A NaN needs no care: it comes from a bf16 or from
+// the processor, with zeros in the lower half, and rounding leaves it as it is.
 K25_INLINE U32V round_words(F32V value) {
   const U32V bits = (U32V)value;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
