@@ -11,6 +11,7 @@
 #include "dispatch/api.h"
 #include "plan_dispatch/api.h"
 #include "policy_loss/api.h"
+#include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
@@ -40,6 +41,8 @@ struct OpTable {
   void (*logit_stats)(const LogitStats&, Where);
   void (*logit_grad)(const LogitGrad&, Where);
   void (*loss_rows)(const LossRows&, Where);
+  void (*pool_temporal_patches)(const PoolTemporalPatches&, Where);
+  void (*pool_temporal_patches_backward)(const PoolTemporalPatchesBackward&, Where);
 };
 
 // How Python passes Where: a count of threads, or the stream's address.
@@ -188,10 +191,37 @@ void bind_losses(py::module_& module, const OpTable<Where>& ops) {
 }
 
 template <class Where>
+void bind_patches(py::module_& module, const OpTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "pool_temporal_patches",
+      [run = ops.pool_temporal_patches](Address x, Address clips, Address out, int64_t num_clips, int64_t num_patches,
+                                        int64_t num_out, int64_t dim, int64_t merge_h, int64_t merge_w, int dtype,
+                                        W where) {
+        run({at<void>(x), at<Clip>(clips), at<void>(out), num_clips, num_patches, num_out, dim, merge_h, merge_w,
+             DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "pool_temporal_patches_backward",
+      [run = ops.pool_temporal_patches_backward](Address grad_out, Address clips, Address grad_x, int64_t num_clips,
+                                                 int64_t num_patches, int64_t num_out, int64_t dim, int64_t merge_h,
+                                                 int64_t merge_w, int dtype, W where) {
+        run({at<void>(grad_out), at<Clip>(clips), at<void>(grad_x), num_clips, num_patches, num_out, dim, merge_h,
+             merge_w, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
+template <class Where>
 void bind_ops(py::module_& module, const OpTable<Where>& ops) {
   bind_routing(module, ops);
   bind_rows(module, ops);
   bind_losses(module, ops);
+  bind_patches(module, ops);
 }
 
 }  // namespace k25

@@ -13,6 +13,7 @@
 #include "common/machine.h"
 #include "common/threads.h"
 #include "plan_dispatch/api.h"
+#include "pool_temporal_patches/api.h"
 
 #if defined(__x86_64__)
 #define K25_RUN(function, ...)                     \
@@ -98,6 +99,51 @@ void check_plan(const char* op, const P& p) {
       bad_plan(op, "offsets", e, p.offsets[e], num_rows + 1);
     }
   }
+}
+
+[[noreturn]] void bad_grid(const std::string& where, const std::string& got, const std::string& accepted) {
+  throw std::invalid_argument("pool_temporal_patches: grid_thw_N3" + where + ": got " + got + ", accepted " + accepted);
+}
+
+// Raises unless the neighbourhoods tile the clip. `sizes` is t, h, w.
+void check_clip(int64_t clip, const int64_t (&sizes)[3], const ClipTable& p) {
+  const int64_t multiple_of[] = {1, p.merge_h, p.merge_w};
+  const char* const names[] = {"t", "h", "w"};
+  for (int axis = 0; axis < 3; ++axis) {
+    if (sizes[axis] > 0 && sizes[axis] % multiple_of[axis] == 0) continue;
+    const std::string where = "[" + std::to_string(clip) + ", " + std::to_string(axis) + "] (" + names[axis] + ")";
+    const std::string merge =
+        "a positive multiple of " + std::to_string(multiple_of[axis]) + " (merge[" + std::to_string(axis - 1) + "])";
+    bad_grid(where, std::to_string(sizes[axis]), axis == 0 ? "1 or more" : merge);
+  }
+}
+
+template <class Size>
+int64_t fill_clip_table(const ClipTable& p) {
+  const auto* grid = static_cast<const Size*>(p.grid);
+  int64_t first_patch = 0, first_out = 0;
+  for (int64_t n = 0; n < p.num_clips; ++n) {
+    const int64_t sizes[] = {grid[3 * n], grid[3 * n + 1], grid[3 * n + 2]};
+    check_clip(n, sizes, p);
+    int64_t area, patches;
+    const bool overflow =
+        __builtin_mul_overflow(sizes[1], sizes[2], &area) || __builtin_mul_overflow(area, sizes[0], &patches);
+    if (overflow || patches > p.num_patches - first_patch) {
+      bad_grid("[" + std::to_string(n) + "]",
+               std::to_string(sizes[0]) + " x " + std::to_string(sizes[1]) + " x " + std::to_string(sizes[2]) +
+                   " patches after " + std::to_string(first_patch),
+               "at most " + std::to_string(p.num_patches - first_patch) + " more: x_PD has " +
+                   std::to_string(p.num_patches) + " rows");
+    }
+    p.clips[n] = {first_patch, first_out, sizes[0], sizes[1], sizes[2]};
+    first_patch += patches;
+    first_out += area / (p.merge_h * p.merge_w);
+  }
+  if (first_patch != p.num_patches) {
+    bad_grid("", "clips of " + std::to_string(first_patch) + " patches in all",
+             std::to_string(p.num_patches) + ", the rows of x_PD");
+  }
+  return first_out;
 }
 
 void check_number(bool is_nan, const char* argument, int64_t row, int64_t column) {
@@ -253,6 +299,16 @@ void linear_logits(const LinearLogits& p, int num_threads) { K25_RUN(linear_logi
 void linear_grads(const LinearGrads& p, int num_threads) {
   if (p.num_tokens > kMostTokensOfHeadGrad) throw std::invalid_argument("linear_grads: too many tokens in a chunk");
   K25_RUN(linear_grads, p, num_threads);
+}
+
+int64_t clip_table(const ClipTable& p) {
+  return p.grid_is_int64 ? fill_clip_table<int64_t>(p) : fill_clip_table<int32_t>(p);
+}
+void pool_temporal_patches(const PoolTemporalPatches& p, int num_threads) {
+  K25_RUN(pool_temporal_patches, p, num_threads);
+}
+void pool_temporal_patches_backward(const PoolTemporalPatchesBackward& p, int num_threads) {
+  K25_RUN(pool_temporal_patches_backward, p, num_threads);
 }
 
 void expert_mlp(const ExpertMlp& p, int num_threads) {

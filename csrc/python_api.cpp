@@ -124,6 +124,14 @@ void bind_linear_loss(py::module_& module) {
       release());
 }
 
+// The host's part of an op that the CPU and CUDA share.
+void bind_clip_table(py::module_& module) {
+  module.def("clip_table", [](Address grid, bool grid_is_int64, int64_t num_clips, int64_t num_patches, int64_t merge_h,
+                              int64_t merge_w, Address clips) {
+    return cpu::clip_table({at<void>(grid), grid_is_int64, num_clips, num_patches, merge_h, merge_w, at<Clip>(clips)});
+  });
+}
+
 void bind_cpu_machine(py::module_& module) {
   module.def("isa", [] { return std::string(cpu::name_of(cpu::current_isa())); });
   module.def("set_isa", &cpu::set_isa);
@@ -153,9 +161,10 @@ py::dict cuda_info() {
 
 #if defined(K25_WITH_CUDA)
 void bind_cuda(py::module_ module) {
-  bind_ops<Stream>(module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch,
-                            cuda::combine, cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward,
-                            cuda::token_losses, cuda::logit_stats, cuda::logit_grad, cuda::loss_rows});
+  bind_ops<Stream>(
+      module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
+               cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward, cuda::token_losses, cuda::logit_stats,
+               cuda::logit_grad, cuda::loss_rows, cuda::pool_temporal_patches, cuda::pool_temporal_patches_backward});
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
 }
 #endif
@@ -170,11 +179,13 @@ PYBIND11_MODULE(_C, module) {
 
   py::module_ cpu_module = module.def_submodule("cpu");
   bind_cpu_machine(cpu_module);
-  bind_ops<int>(cpu_module, {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch,
-                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward, cpu::token_losses,
-                             cpu::logit_stats, cpu::logit_grad, cpu::loss_rows});
+  bind_ops<int>(cpu_module,
+                {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch, cpu::combine,
+                 cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward, cpu::token_losses, cpu::logit_stats,
+                 cpu::logit_grad, cpu::loss_rows, cpu::pool_temporal_patches, cpu::pool_temporal_patches_backward});
   bind_expert_mlp(cpu_module);
   bind_linear_loss(cpu_module);
+  bind_clip_table(cpu_module);
 #if defined(K25_WITH_CUDA)
   bind_cuda(module.def_submodule("cuda"));
 #endif

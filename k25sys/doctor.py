@@ -110,6 +110,7 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
     weights_TK, experts_TK = ops.reference_route_tokens(logits_TE.detach(), bias_E, **route)
     weights_TK.requires_grad_()
     plan = ops.plan_dispatch(experts_TK, 5)
+    grid_thw_N3 = torch.tensor([[1, 2, 4], [3, 6, 2]])
     return {
         "route_tokens": lambda: compare(
             1e-5,
@@ -133,5 +134,11 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
             lambda x, g, d, w: ops.expert_mlp(x, g, d, w, experts_TK),
             lambda x, g, d, w: ops.reference_expert_mlp(x, g, d, w, experts_TK),
             x_TD, normal(5, 48, 40), normal(5, 40, 24), weights_TK,
+        ),
+        "pool_temporal_patches": lambda: compare(
+            1e-6,
+            lambda x: ops.pool_temporal_patches(x, grid_thw_N3),
+            lambda x: ops.reference_pool_temporal_patches(x, grid_thw_N3),
+            normal(44, 40),
         ),
     }  # fmt: skip

@@ -4,11 +4,8 @@ python perf/bench_moe.py [--routing real|uniform|zipf] [--text FILE] [--preset c
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,44 +189,21 @@ def bench_call_overhead() -> dict[str, Any]:
 
 def describe(case: dict[str, Any]) -> str:
     """A case as lines for a reader."""
-    lines = [f"{case['name']}  [{case.get('allocator', '')}]" if case.get("allocator") else case["name"]]
     if "ops_s" in case:
-        return "\n".join([*lines, "  " + "  ".join(f"{name} {s * 1e6:.1f} us" for name, s in case["ops_s"].items())])
-    peers = "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["peers_s"].items())
-    lines.append(f"  ms: k25sys {case['ours_s'] * 1e3:.2f} (iqr {case['ours_iqr_s'] * 1e3:.2f})  {peers}")
-    lines.append(f"  ratio to the best peer {case['ratio']:.2f} (median of {case['runs']} alternated runs)")
+        return f"{case['name']}\n  " + "  ".join(f"{name} {s * 1e6:.1f} us" for name, s in case["ops_s"].items())
+    details = []
     if case.get("ceiling_share"):
-        lines[-1] += (
-            f"; {case['ceiling_share']:.0%} of the measured {case['ceiling_flops_per_second'] / 1e9:.0f} GFLOP/s"
-        )
+        rate = case["ceiling_flops_per_second"] / 1e9
+        details.append(f"{case['ceiling_share']:.0%} of the measured {rate:.0f} GFLOP/s")
     if case.get("phases_s"):
-        lines.append("  phases, ms: " + "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["phases_s"].items()))
-    if case.get("peak_bytes") is not None:
-        sizes = "  ".join(f"{name} {b / 1e6:.0f}" for name, b in case["peers_peak_bytes"].items() if b is not None)
-        lines.append(f"  peak extra memory, MB: k25sys {case['peak_bytes'] / 1e6:.0f}  {sizes}")
+        details.append("phases, ms: " + "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["phases_s"].items()))
     if case.get("flops"):
         load = case["tokens_per_expert_max_over_mean"]
-        lines.append(
-            f"  {case['flops'] / 1e9:.1f} GFLOP, at least {case['bytes'] / 1e6:.0f} MB moved; "
+        details.append(
+            f"{case['flops'] / 1e9:.1f} GFLOP, at least {case['bytes'] / 1e6:.0f} MB moved; "
             f"fullest expert {load:.1f}x the mean"
         )
-    lines += [f"  not run: {name} ({reason})" for name, reason in case.get("peers_unavailable", {}).items()]
-    return "\n".join(lines)
-
-
-def rerun_with_other_allocator(arguments: list[str]) -> list[dict[str, Any]]:
-    """The expert cases in a child process under the allocator that this process does not use."""
-    environment = dict(os.environ)
-    if harness.allocator() == "tuned":
-        environment.pop("GLIBC_TUNABLES")
-    else:
-        environment["GLIBC_TUNABLES"] = harness.TUNED_ALLOCATOR
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "cases.json")
-        command = [sys.executable, __file__, *arguments, "--experts-only", "--json", path]
-        subprocess.run(command, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
-        cases = json.loads(Path(path).read_text())["cases"]
-    return [{**case, "name": f"{case['name']}/allocator={case['allocator']}"} for case in cases]
+    return harness.describe(case, details)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -246,16 +220,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def torch_computes_bf16() -> bool:
-    """Whether torch has bf16 GEMMs on this CPU; without AVX-512-BF16 or AMX its fallback is tens of times slower."""
-    runs = {}
-    for dtype in DTYPES.values():
-        a = torch.randn(256, 256).to(dtype)
-        runs[str(dtype)] = partial(torch.mm, a, a)
-    bf16, fp32 = (result.median for result in alternate(runs, seconds=0.05).values())
-    return bf16 < 5 * fp32
-
-
 def plan_cases(arguments: argparse.Namespace, device: torch.device) -> list[tuple[str, str, int]]:
     """(dtype, routing, threads) of each expert_mlp case."""
     main_routing = arguments.routing or "real"
@@ -264,7 +228,7 @@ def plan_cases(arguments: argparse.Namespace, device: torch.device) -> list[tupl
     threads = [1, 2] if (os.cpu_count() or 1) > 1 else [1]
     cases = [("bf16", main_routing, count) for count in threads]
     if arguments.experts_only:
-        return cases if torch_computes_bf16() else [("fp32", main_routing, 1)]
+        return cases if harness.torch_computes_bf16() else [("fp32", main_routing, 1)]
     if arguments.routing is None:
         cases.append(("bf16", "uniform", 1))
     return [*cases, ("fp32", main_routing, 1)]
@@ -291,7 +255,7 @@ def main() -> None:
         print(describe(case), flush=True)
 
     presets = dict.fromkeys(DTYPES, preset)
-    if device.type == "cpu" and not torch_computes_bf16():
+    if device.type == "cpu" and not harness.torch_computes_bf16():
         presets["bf16"] = replace(preset, num_tokens=preset.num_tokens // 8)
         print(f"torch has no fast bf16 on this CPU: bf16 cases have {presets['bf16'].num_tokens} tokens", flush=True)
     for dtype, kind, threads in plan_cases(arguments, device):
@@ -315,7 +279,7 @@ def main() -> None:
             ]
             if arguments.text:
                 options += ["--text", arguments.text]
-            for case in rerun_with_other_allocator(options):
+            for case in harness.rerun_with_other_allocator(__file__, [*options, "--experts-only"]):
                 report(case)
     if arguments.json:
         names = {op: "native" for op in ops.backends.OPS}

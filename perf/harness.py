@@ -4,8 +4,12 @@ import ctypes
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +132,52 @@ class Comparison:
 def allocator() -> str:
     """ "tuned" when GLIBC_TUNABLES raises malloc's mmap threshold, else "default"."""
     return "tuned" if "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "") else "default"
+
+
+def rerun_with_other_allocator(script: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The cases of a bench run in a child process under the allocator that this process does not use.
+
+    Args:
+        script: path of the bench, which takes --json.
+        arguments: the rest of its command line; they must keep it from coming here again.
+    """
+    environment = dict(os.environ)
+    if allocator() == "tuned":
+        environment.pop("GLIBC_TUNABLES")
+    else:
+        environment["GLIBC_TUNABLES"] = TUNED_ALLOCATOR
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "cases.json")
+        command = [sys.executable, script, *arguments, "--json", path]
+        subprocess.run(command, env=environment, check=True, timeout=600, stdout=subprocess.DEVNULL)
+        cases = json.loads(Path(path).read_text())["cases"]
+    return [{**case, "name": f"{case['name']}/allocator={case['allocator']}"} for case in cases]
+
+
+def describe(case: Mapping[str, Any], details: Sequence[str] = ()) -> str:
+    """A case of `Comparison.as_json` as lines for a reader, with a bench's own `details` among them."""
+    peers = "  ".join(f"{name} {s * 1e3:.2f}" for name, s in case["peers_s"].items())
+    lines = [
+        f"{case['name']}  [{case['allocator']}]",
+        f"  ms: k25sys {case['ours_s'] * 1e3:.2f} (iqr {case['ours_iqr_s'] * 1e3:.2f})  {peers}",
+        f"  ratio to the best peer {case['ratio']:.2f} (median of {case['runs']} alternated runs)",
+        *(f"  {detail}" for detail in details),
+    ]
+    if case.get("peak_bytes") is not None:
+        sizes = "  ".join(f"{name} {b / 1e6:.0f}" for name, b in case["peers_peak_bytes"].items() if b is not None)
+        lines.append(f"  peak extra memory, MB: k25sys {case['peak_bytes'] / 1e6:.0f}  {sizes}")
+    lines += [f"  not run: {name} ({reason})" for name, reason in case.get("peers_unavailable", {}).items()]
+    return "\n".join(lines)
+
+
+def torch_computes_bf16() -> bool:
+    """Whether torch has bf16 GEMMs on this CPU; without AVX-512-BF16 or AMX its fallback is tens of times slower."""
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.randn(256, 256).to(dtype)
+        runs[str(dtype)] = partial(torch.mm, a, a)
+    fp32, bf16 = (result.median for result in alternate(runs, seconds=0.05).values())
+    return bf16 < 5 * fp32
 
 
 def machine() -> dict[str, Any]:

@@ -13,6 +13,7 @@
 #include "dispatch/api.h"
 #include "expert_mlp/api.h"
 #include "plan_dispatch/api.h"
+#include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
@@ -239,6 +240,46 @@ void test_small_ops(int num_threads) {
   cpu::swiglu_backward({act.data(), l.x.data(), grad_gate_up.data(), l.num_tokens, 10, DType::f32}, num_threads);
 }
 
+// Mixed clips, neighbourhoods and lengths of rows, against the formula in the order of the input.
+void test_pooling(int64_t dim, int64_t merge_h, int64_t merge_w, int num_threads) {
+  const std::vector<int64_t> grid{3, 2 * merge_h, merge_w, 1, merge_h, 3 * merge_w, 4, merge_h, 2 * merge_w};
+  const int64_t cells = merge_h * merge_w, patches = (3 * 2 + 1 * 3 + 4 * 2) * cells;
+  auto clips = sized<Clip>(3);
+  const int64_t num_out = cpu::clip_table({grid.data(), true, 3, patches, merge_h, merge_w, clips.data()});
+  expect(num_out == 7, "neighbourhoods of all clips");
+  auto x = sized<float>(patches * dim), out = sized<float>(num_out * cells * dim), grad_x = sized<float>(patches * dim);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = float(i % 251) - 125;
+  auto wanted = sized<double>(int64_t(out.size()));
+  std::vector<int64_t> out_row_of_patch, frames_of_patch;
+  for (const Clip& clip : clips) {
+    for (int64_t i = 0; i < clip.frames * clip.height * clip.width; ++i) {
+      const int64_t row = i / clip.width % clip.height, column = i % clip.width;
+      const int64_t out_patch = clip.first_out + row / merge_h * (clip.width / merge_w) + column / merge_w;
+      out_row_of_patch.push_back(out_patch * cells + row % merge_h * merge_w + column % merge_w);
+      frames_of_patch.push_back(clip.frames);
+    }
+  }
+  const auto row_of = [&](int64_t i) { return size_t(out_row_of_patch[size_t(i / dim)] * dim + i % dim); };
+  const auto frames_of = [&](int64_t i) { return double(frames_of_patch[size_t(i / dim)]); };
+  for (int64_t i = 0; i < patches * dim; ++i) wanted[row_of(i)] += x[size_t(i)] / frames_of(i);
+  cpu::pool_temporal_patches(
+      {x.data(), clips.data(), out.data(), 3, patches, num_out, dim, merge_h, merge_w, DType::f32}, num_threads);
+  cpu::pool_temporal_patches_backward(
+      {out.data(), clips.data(), grad_x.data(), 3, patches, num_out, dim, merge_h, merge_w, DType::f32}, num_threads);
+  for (size_t i = 0; i < out.size(); ++i) expect(std::abs(out[i] - wanted[i]) < 1e-4, "the mean over frames");
+  for (int64_t i = 0; i < patches * dim; ++i) {
+    expect(std::abs(grad_x[size_t(i)] - wanted[row_of(i)] / frames_of(i)) < 1e-4, "each frame's share of a gradient");
+  }
+  const auto x16 = to_bf16(x);
+  auto out16 = sized<uint16_t>(int64_t(out.size())), grad16 = sized<uint16_t>(int64_t(x.size()));
+  cpu::pool_temporal_patches(
+      {x16.data(), clips.data(), out16.data(), 3, patches, num_out, dim, merge_h, merge_w, DType::bf16}, num_threads);
+  cpu::pool_temporal_patches_backward(
+      {out16.data(), clips.data(), grad16.data(), 3, patches, num_out, dim, merge_h, merge_w, DType::bf16},
+      num_threads);
+  expect(out16 == to_bf16(out), "bf16 is the float32 mean, rounded once");
+}
+
 void test_bad_input_is_refused() {
   Layer l(6, 4, 2, 8, 8);
   l.experts[5] = 4;
@@ -254,6 +295,10 @@ void test_bad_input_is_refused() {
   expect_throws<std::out_of_range>(
       [&] { cpu::dispatch({l.x.data(), l.slot_of_row.data(), rows.data(), 6, 12, 8, 2, DType::f32}, 2); },
       "a plan with a slot outside");
+  const int32_t odd_height[] = {1, 3, 2};
+  auto clip = sized<Clip>(1);
+  expect_throws<std::invalid_argument>([&] { cpu::clip_table({odd_height, false, 1, 6, 2, 2, clip.data()}); },
+                                       "a height that does not divide");
   expect_throws<std::invalid_argument>([] { cpu::set_isa("avx9000"); }, "an unknown instruction set");
 }
 
@@ -287,6 +332,9 @@ int main() {
       test_layer(Layer(23, 5, 3, 37, 19), num_threads);
       test_layer(Layer(40, 3, 2, 1100, 33), num_threads);
       test_small_ops(num_threads);
+      test_pooling(37, 2, 2, num_threads);
+      test_pooling(128, 1, 3, num_threads);
+      test_pooling(0, 2, 2, num_threads);
     }
     std::printf("%s: %s\n", isa.c_str(), failures ? "FAILED" : "ok");
   }

@@ -1,7 +1,8 @@
 """The ops of k25sys. Each has faces that agree: `reference_*` in plain torch, the CPU kernel, and the CUDA
 kernel, which tests/cuda_on_cpu also runs without a device.
 
-Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows, V vocabulary.
+Shape suffixes: T tokens, E experts, K top-k, D model dimension, I expert width, G = 2I, M = T * K rows, V vocabulary,
+P patches, N clips, Q pooled tokens of C patches.
 """
 
 from k25sys.ops import backends
@@ -23,6 +24,7 @@ from k25sys.ops.policy_loss import (
     reference_vocab_parallel_clipped_log_ratio_loss,
     vocab_parallel_clipped_log_ratio_loss,
 )
+from k25sys.ops.pool_temporal_patches import pool_temporal_patches, reference_pool_temporal_patches
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
 from k25sys.ops.swiglu import reference_swiglu, swiglu
 
@@ -38,6 +40,7 @@ __all__ = [
     "linear_cross_entropy",
     "peak_flops",
     "plan_dispatch",
+    "pool_temporal_patches",
     "record_phases",
     "reference_clipped_log_ratio_loss",
     "reference_combine",
@@ -46,6 +49,7 @@ __all__ = [
     "reference_linear_clipped_log_ratio_loss",
     "reference_linear_cross_entropy",
     "reference_plan_dispatch",
+    "reference_pool_temporal_patches",
     "reference_route_tokens",
     "reference_swiglu",
     "reference_vocab_parallel_clipped_log_ratio_loss",

@@ -7,7 +7,7 @@ import torch
 from k25sys.errors import BackendError, message
 from k25sys.ops import native
 
-OPS = ("route_tokens", "plan_dispatch", "dispatch", "combine", "swiglu", "expert_mlp")
+OPS = ("route_tokens", "plan_dispatch", "dispatch", "combine", "swiglu", "expert_mlp", "pool_temporal_patches")
 
 
 @dataclass(frozen=True, kw_only=True)

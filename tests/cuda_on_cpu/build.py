@@ -23,7 +23,7 @@ from tests.cuda_on_cpu.ptx.translate import translate
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNTIME = Path(__file__).resolve().parent / "runtime"
-OPS = ("dispatch", "plan_dispatch", "policy_loss", "route_tokens", "swiglu")
+OPS = ("dispatch", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu")
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]

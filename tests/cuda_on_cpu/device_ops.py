@@ -166,3 +166,29 @@ class DeviceOps:
         read = {**placed, "log_sums": self._place(log_sums), "slopes": self._place(made["slopes"])}
         self._call("logit_grad", read, {"grad": grad}, [*read.values(), grad, *sizes])
         return made["losses"], logprobs, sums.log() - weighted / sums, grad
+
+    def pool_temporal_patches(self, x: Tensor, clips: Tensor, num_out: int, merge: tuple[int, int]) -> Tensor:
+        """`clips` is the table that `clip_table` makes."""
+        inputs = {"x": self._place(x), "clips": clips}
+        out = self._garbage((num_out, merge[0] * merge[1], x.shape[1]), x.dtype)
+        sizes = [clips.shape[0], x.shape[0], num_out, x.shape[1], *merge, native.DTYPE_CODES[x.dtype]]
+        self._call("pool_temporal_patches", inputs, {"out": out}, [*inputs.values(), out, *sizes])
+        return out
+
+    def pool_temporal_patches_backward(
+        self, grad_out: Tensor, clips: Tensor, num_patches: int, merge: tuple[int, int]
+    ) -> Tensor:
+        inputs = {"grad_out": self._place(grad_out), "clips": clips}
+        grad_x = self._garbage((num_patches, grad_out.shape[2]), grad_out.dtype)
+        sizes = [clips.shape[0], num_patches, grad_out.shape[0], grad_out.shape[2], *merge]
+        arguments = [*inputs.values(), grad_x, *sizes, native.DTYPE_CODES[grad_out.dtype]]
+        self._call("pool_temporal_patches_backward", inputs, {"grad_x": grad_x}, arguments)
+        return grad_x
+
+
+def clip_table(grid: Tensor, num_patches: int, merge: tuple[int, int]) -> tuple[Tensor, int]:
+    """The kernels' table of clips (N, 5) and the number of neighbourhoods, as the op makes them on the host."""
+    table = torch.empty((len(grid), 5), dtype=torch.int64)
+    grid = grid.long().contiguous()
+    num_out = native._C.cpu.clip_table(grid.data_ptr(), True, len(grid), num_patches, *merge, table.data_ptr())
+    return table, num_out

@@ -155,4 +155,27 @@ PLANTED_BUGS = (
         "    logprob = logit_at(row, target, p.vocab) - log_sum;\n",
         caught_as="race at byte",
     ),
+    PlantedBug(
+        name="a frame taken for a row of patches",
+        file="pool_temporal_patches/kernels.cuh",
+        old="patches * p.dim, clip.frames}",
+        new="clip.width * p.dim, clip.frames}",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="a clip's first neighbourhood given to the clip before it",
+        file="pool_temporal_patches/kernels.cuh",
+        old="if (__ldg(&clips[middle].first_out) <= out)",
+        new="if (__ldg(&clips[middle].first_out) < out)",
+        caught_as="trap",
+    ),
+    PlantedBug(
+        name="no last part of a pooled run",
+        file="pool_temporal_patches/kernels.cuh",
+        old="Element* to = static_cast<Element*>(p.out) + run * length;\n"
+        "  for (int64_t i = threadIdx.x % kWarpSize * kCount; i < length;",
+        new="Element* to = static_cast<Element*>(p.out) + run * length;\n"
+        "  for (int64_t i = threadIdx.x % kWarpSize * kCount; i + kWarpSize * kCount <= length;",
+        caught_as="",
+    ),
 )

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from k25sys import ops
-from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
-from tests.ops.generators import MoeCase, check_routing, first_difference, moe_cases, relative_error, tolerance
+from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps, clip_table
+from tests.ops.generators import (
+    DTYPES,
+    MoeCase,
+    PatchCase,
+    check_routing,
+    first_difference,
+    moe_cases,
+    patch_cases,
+    relative_error,
+    tolerance,
+)
 from tests.ops.test_policy_loss import BOUNDS, LossCase, cases, near_a_bound
 
 EXECUTORS = ("ptx", "source")
@@ -129,6 +139,52 @@ def test_swiglu(executor: ModuleType, name: str, case: MoeCase, shift: int) -> N
     assert relative_error(act, ops.reference_swiglu(gate_up.double())) <= tolerance(case.dtype)
     (exact,) = gradients(ops.reference_swiglu, upstream, gate_up)
     assert relative_error(grad, exact) <= tolerance(case.dtype)
+
+
+def check_pooling(module: ModuleType, executor: str, case: PatchCase, shift: int) -> None:
+    """Value and gradient of temporal pooling in every order."""
+    x, grid, upstream = case.tensors()
+    clips, num_out = clip_table(grid, case.num_patches, case.merge)
+    value, grad = same_for_all_orders(
+        module, executor, shift,
+        lambda d: [
+            d.pool_temporal_patches(x, clips, num_out, case.merge),
+            d.pool_temporal_patches_backward(upstream, clips, case.num_patches, case.merge),
+        ],
+    )  # fmt: skip
+    reference = ops.reference_pool_temporal_patches
+    assert relative_error(value, reference(x.double(), grid, case.merge)) <= tolerance(case.dtype)
+    (exact,) = gradients(lambda x: reference(x, grid, case.merge), upstream, x)
+    assert relative_error(grad, exact) <= tolerance(case.dtype)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@generated
+@given(case=patch_cases(max_side=2), shift=shifts)
+def test_pool_temporal_patches(executor: ModuleType, name: str, case: PatchCase, shift: int) -> None:
+    check_pooling(executor, name, case, shift)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pool_temporal_patches_of_k25(executor: ModuleType, name: str, dtype: torch.dtype) -> None:
+    """Rows of 1152 channels: several accesses for each lane, the last ones of a part of the warp alone."""
+    clips = ((4, 4, 6), (1, 2, 4), (3, 4, 2))
+    case = PatchCase(clips=clips, merge=(2, 2), dim=1152, dtype=dtype, grid_dtype=torch.int64, seed=6)
+    check_pooling(executor, name, case, 0)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+def test_a_clip_beyond_the_last_patch_traps(executor: ModuleType, name: str) -> None:
+    x, device = torch.ones(24, 8), DeviceOps(executor, name)
+    clips, num_out = clip_table(torch.tensor([[1, 2, 4], [2, 4, 2]]), 24, (2, 2))
+    for column, value in ((2, 3), (0, 9), (3, 2)):
+        wrong = clips.clone()
+        wrong[1, column] = value
+        with pytest.raises(RuntimeError, match="trap"):
+            device.pool_temporal_patches(x, wrong, num_out, (2, 2))
+        with pytest.raises(RuntimeError, match="trap"):
+            device.pool_temporal_patches_backward(torch.ones(num_out, 4, 8), wrong, 24, (2, 2))
 
 
 @pytest.mark.parametrize("name", EXECUTORS)

@@ -9,13 +9,16 @@ import torch
 
 from k25sys import ops
 from tests.cuda_on_cpu import build
-from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
+from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps, clip_table
 from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, PLANTED_BUGS, PlantedBug
-from tests.ops.generators import MoeCase, relative_error
+from tests.ops.generators import MoeCase, PatchCase, relative_error
 from tests.ops.test_policy_loss import BOUNDS, LossCase
 
 CASE = MoeCase(
     num_tokens=40, num_experts=300, top_k=5, dim=400, width=24, dtype=torch.float32, routing="skewed", seed=4
+)
+PATCHES = PatchCase(
+    clips=((2, 4, 6), (1, 2, 2), (3, 2, 4)), merge=(2, 2), dim=88, dtype=torch.float32, grid_dtype=torch.int64, seed=4
 )
 SHIFTS = (0, 1)  # elements away from an aligned address
 
@@ -38,6 +41,11 @@ def wrong_results(device: DeviceOps) -> list[str]:
         leaf, targets, old.double(), advantages.double(), mask, **BOUNDS
     ).backward()
     assert leaf.grad is not None
+    patches, grid, grad_pooled = PATCHES.tensors()
+    clips, num_out = clip_table(grid, PATCHES.num_patches, PATCHES.merge)
+    leaf = patches.clone().requires_grad_()
+    pooled = ops.reference_pool_temporal_patches(leaf, grid)
+    (grad_patches,) = torch.autograd.grad(pooled, leaf, grad_pooled)
     pairs = {
         "loss_rows": (
             device.loss_rows(*loss_inputs, objective=(0, *BOUNDS.values(), True), in_place=True)[3],
@@ -56,6 +64,11 @@ def wrong_results(device: DeviceOps) -> list[str]:
         "route_tokens_backward": (
             device.route_tokens_backward(t.weights_TK, t.logits_TE, experts, scale=1.0),
             logits.grad,
+        ),
+        "pool_temporal_patches": (device.pool_temporal_patches(patches, clips, num_out, (2, 2)), pooled.detach()),
+        "pool_temporal_patches_backward": (
+            device.pool_temporal_patches_backward(grad_pooled, clips, PATCHES.num_patches, (2, 2)),
+            grad_patches,
         ),
     }
     return [op for op, (ours, exact) in pairs.items() if not relative_error(ours, exact) <= 1e-5]

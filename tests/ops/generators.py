@@ -88,6 +88,51 @@ def moe_cases(draw: st.DrawFn, max_experts: int = 512, max_dim: int = 96, dtypes
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchCase:
+    """Clips of patches and how they are pooled."""
+
+    clips: tuple[tuple[int, int, int], ...]
+    merge: tuple[int, int]
+    dim: int
+    dtype: torch.dtype
+    grid_dtype: torch.dtype
+    seed: int
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return sum(t * h * w for t, h, w in self.clips)
+
+    @property
+    def num_out(self) -> int:
+        """Q."""
+        return sum(h * w for _, h, w in self.clips) // (self.merge[0] * self.merge[1])
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x_PD, grid_thw_N3 and an upstream gradient (Q, C, D), the same ones at every call."""
+        generator = torch.Generator().manual_seed(self.seed)
+        shapes = ((self.num_patches, self.dim), (self.num_out, self.merge[0] * self.merge[1], self.dim))
+        x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes)
+        return x, torch.tensor(self.clips, dtype=self.grid_dtype).view(-1, 3), grad
+
+
+@st.composite
+def patch_cases(draw: st.DrawFn, max_dim: int = 140, max_side: int = 4) -> PatchCase:
+    """Clips of 1 to 6 frames and mixed sizes, none at all, square and oblong neighbourhoods, rows of any length."""
+    merge = draw(st.sampled_from(((2, 2), (2, 2), (1, 1), (1, 3), (3, 2))))
+    sides = st.integers(1, max_side)
+    clips = draw(st.lists(st.tuples(st.sampled_from((1, 1, 2, 3, 4, 6)), sides, sides), max_size=5))
+    return PatchCase(
+        clips=tuple((t, i * merge[0], j * merge[1]) for t, i, j in clips),
+        merge=merge,
+        dim=draw(st.one_of(st.integers(0, max_dim), st.sampled_from((8, 32, 64, 128)))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        grid_dtype=draw(st.sampled_from((torch.int32, torch.int64))),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
 # Sizes beyond one tile, one panel, one block of the reduction and one chunk of rows.
 LARGE_CASES = [
     MoeCase(num_tokens=t, num_experts=e, top_k=k, dim=d, width=i, dtype=dtype, routing="uniform", seed=t)

@@ -47,6 +47,11 @@ def good_calls(seed: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Calla
         ),
         "swiglu": (ops.swiglu, ops.reference_swiglu, {"gate_up_MG": t.rows_MD[:, :8].contiguous()}),
         "expert_mlp": (ops.expert_mlp, ops.reference_expert_mlp, {**layer, "experts_TK": t.experts_TK}),
+        "pool_temporal_patches": (
+            ops.pool_temporal_patches,
+            ops.reference_pool_temporal_patches,
+            {"x_PD": t.rows_MD, "grid_thw_N3": torch.tensor([[1, 2, 2], [2, 2, 2]]), "merge": (2, 2)},
+        ),
     }
 
 

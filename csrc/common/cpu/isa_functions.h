@@ -5,29 +5,32 @@
 #include "expert_mlp/api.h"
 #include "linear_loss/api.h"
 #include "policy_loss/api.h"
+#include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
-#define K25_DECLARE_ISA(ISA)                                   \
-  namespace k25::cpu::ISA {                                    \
-  void route_tokens(const RouteTokens&, int);                  \
-  void route_tokens_backward(const RouteTokensBackward&, int); \
-  void dispatch(const Dispatch&, int);                         \
-  void combine(const Combine&, int);                           \
-  void combine_backward(const CombineBackward&, int);          \
-  void swiglu(const Swiglu&, int);                             \
-  void swiglu_backward(const SwigluBackward&, int);            \
-  void token_losses(const TokenLosses&, int);                  \
-  void logit_stats(const LogitStats&, int);                    \
-  void logit_grad(const LogitGrad&, int);                      \
-  void loss_rows(const LossRows&, int);                        \
-  void linear_logits(const LinearLogits&, int);                \
-  void linear_grads(const LinearGrads&, int);                  \
-  void expert_mlp(const ExpertMlp&, int);                      \
-  void expert_mlp_backward(const ExpertMlpBackward&, int);     \
-  void pack_weights(const PackWeights&, int);                  \
-  int64_t packed_bytes(const PackWeights&);                    \
-  double peak_gflops(DType, double seconds);                   \
+#define K25_DECLARE_ISA(ISA)                                                    \
+  namespace k25::cpu::ISA {                                                     \
+  void route_tokens(const RouteTokens&, int);                                   \
+  void route_tokens_backward(const RouteTokensBackward&, int);                  \
+  void dispatch(const Dispatch&, int);                                          \
+  void combine(const Combine&, int);                                            \
+  void combine_backward(const CombineBackward&, int);                           \
+  void swiglu(const Swiglu&, int);                                              \
+  void swiglu_backward(const SwigluBackward&, int);                             \
+  void pool_temporal_patches(const PoolTemporalPatches&, int);                  \
+  void pool_temporal_patches_backward(const PoolTemporalPatchesBackward&, int); \
+  void token_losses(const TokenLosses&, int);                                   \
+  void logit_stats(const LogitStats&, int);                                     \
+  void logit_grad(const LogitGrad&, int);                                       \
+  void loss_rows(const LossRows&, int);                                         \
+  void linear_logits(const LinearLogits&, int);                                 \
+  void linear_grads(const LinearGrads&, int);                                   \
+  void expert_mlp(const ExpertMlp&, int);                                       \
+  void expert_mlp_backward(const ExpertMlpBackward&, int);                      \
+  void pack_weights(const PackWeights&, int);                                   \
+  int64_t packed_bytes(const PackWeights&);                                     \
+  double peak_gflops(DType, double seconds);                                    \
   }
 
 K25_DECLARE_ISA(portable)

@@ -1,6 +1,6 @@
 // Every kernel once in each order, from source, for AddressSanitizer, UBSan and ThreadSanitizer. Buffers are exactly as
-// long as the op says. Results are checked by test_kernels.py; here only the copy and the sum are, so that a bug which
-// a sanitizer cannot see is not taken for a clean run.
+// long as the op says. Results are checked by test_kernels.py; here only the copy, the sum and the mean are, so that a
+// bug which a sanitizer cannot see is not taken for a clean run.
 #include <cstdio>
 #include <numeric>
 #include <vector>
@@ -8,6 +8,7 @@
 #include "dispatch/api.h"
 #include "executor.h"
 #include "plan_dispatch/api.h"
+#include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
 
@@ -24,6 +25,22 @@ std::vector<float> waves(int64_t count) {
   std::vector<float> values(static_cast<size_t>(count));
   for (size_t i = 0; i < values.size(); ++i) values[i] = float(i * 7919 % 1009) / 500.0f - 1.0f;
   return values;
+}
+
+// Two clips, of two frames and of one, all of whose patches are equal along a row of the tensor.
+bool run_pooling(int64_t dim) {
+  const Clip clips[] = {{0, 0, 2, 4, 2}, {16, 2, 1, 2, 4}};
+  const int64_t patches = 24, num_out = 4;
+  const auto row = waves(dim);
+  std::vector<float> x, out(num_out * 4 * dim), grad_x(patches * dim);
+  for (int64_t p = 0; p < patches; ++p) x.insert(x.end(), row.begin(), row.end());
+  cuda::pool_temporal_patches({x.data(), clips, out.data(), 2, patches, num_out, dim, 2, 2, DType::f32}, nullptr);
+  cuda::pool_temporal_patches_backward({out.data(), clips, grad_x.data(), 2, patches, num_out, dim, 2, 2, DType::f32},
+                                       nullptr);
+  bool right = true;
+  for (int64_t i = 0; i < num_out * 4 * dim; ++i) right &= out[i] == row[i % dim];
+  for (int64_t i = 0; i < patches * dim; ++i) right &= grad_x[i] == row[i % dim] / (i < 16 * dim ? 2 : 1);
+  return right;
 }
 
 bool run(const Sizes& s) {
@@ -66,7 +83,7 @@ int main() {
     cuda_on_cpu::options() = {order, 1, false};
     for (const Sizes& s : sizes) {
       try {
-        if (run(s)) continue;
+        if (run(s) && run_pooling(s.dim)) continue;
         std::fprintf(stderr, "wrong result\n");
       } catch (const cuda_on_cpu::Error& error) {
         std::fprintf(stderr, "%s\n", error.what());
