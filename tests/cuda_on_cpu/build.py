@@ -4,13 +4,16 @@ Everything lies in build/cuda_on_cpu under the hash of what it was made from, so
 planted bug recompiles one op.
 """
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +26,7 @@ from tests.cuda_on_cpu.ptx.translate import translate
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNTIME = Path(__file__).resolve().parent / "runtime"
-OPS = ("dispatch", "plan_dispatch", "route_tokens", "swiglu")
+OPS = ("dispatch", "gemm", "plan_dispatch", "route_tokens", "swiglu")
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -76,6 +79,25 @@ def _runtime_headers() -> list[Path]:
     return sorted(RUNTIME.glob("*.h"))
 
 
+@functools.cache
+def _cuda_include() -> str:
+    """The folder of cuda.h, as nvcc says it."""
+    nvcc = find_nvcc()
+    assert nvcc
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.touch()
+        said = _run([nvcc, "--dryrun", "-E", source])
+    found = re.search(r'INCLUDES="-I([^"]+)"', said)
+    if not found:
+        raise RuntimeError(f"nvcc --dryrun names no include folder: {said}")
+    return found[1].strip()
+
+
+def _includes(*others: Path | str) -> list[Path | str]:
+    return [*others, RUNTIME, _cuda_include()]
+
+
 def _compile(source: Path, dependencies: Sequence[Path], includes: Sequence[Path | str], flags: Sequence[str]) -> Path:
     command = [*_CXX, *flags]
     paths = [f"-I{folder}" for folder in includes]
@@ -114,21 +136,31 @@ def translated_object(ptx: Path) -> Path:
     """The translated PTX, compiled. Raises PtxError for what the translator does not know."""
     translator = sorted((RUNTIME.parent / "ptx").glob("*.py"))
     cpp = _made(".cpp", [], [ptx, *translator], lambda target: target.write_text(translate(ptx.read_text())))
-    return _compile(cpp, _runtime_headers(), [RUNTIME], ["-w"])
+    return _compile(cpp, _runtime_headers(), _includes(), ["-w"])
 
 
 def _source_object(csrc: Path, op: str, flags: Sequence[str] = ()) -> Path:
     dependencies = [*_sources_of(csrc, op), *_runtime_headers()]
-    return _compile(csrc / op / "cuda.cu", dependencies, [csrc, RUNTIME], [*_WARNINGS, *flags])
+    return _compile(csrc / op / "cuda.cu", dependencies, _includes(csrc), [*_WARNINGS, *flags])
+
+
+def _tensor_map_object(csrc: Path, flags: Sequence[str] = ()) -> Path:
+    headers = [*sorted((csrc / "common").glob("*.*h")), *_runtime_headers()]
+    return _compile(csrc / "common" / "tensor_map.cu", headers, _includes(csrc), [*_WARNINGS, *flags])
 
 
 def _runtime_objects(flags: Sequence[str] = ()) -> list[Path]:
-    names = ("executor.cpp", "memory.cpp", "ptx_launch.cpp")
-    return [_compile(RUNTIME / name, _runtime_headers(), [RUNTIME], ["-O2", *_WARNINGS, *flags]) for name in names]
+    sources = sorted(path for path in RUNTIME.glob("*.cpp") if path.name not in ("module.cpp", "sanitize_main.cpp"))
+    # wgmma's loops are most of the time.
+    level = {"wgmma.cpp": ["-O3", "-mavx2"]}
+    return [
+        _compile(path, _runtime_headers(), _includes(), [*level.get(path.name, ["-O2"]), *_WARNINGS, *flags])
+        for path in sources
+    ]
 
 
 def _module(objects: Sequence[Path], flags: Sequence[str]) -> ModuleType:
-    includes = [CSRC, RUNTIME, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = _includes(CSRC, pybind11.get_include(), sysconfig.get_path("include"))
     headers = [*_runtime_headers(), *sorted(CSRC.glob("*/api.h")), CSRC / "bindings.h"]
     binding = _compile(RUNTIME / "module.cpp", headers, includes, ["-O0", "-fvisibility=hidden", *flags])
     parts = [binding, *_runtime_objects(), *objects]
@@ -150,6 +182,7 @@ def executor_module(csrc: Path = CSRC) -> ModuleType:
     with ThreadPoolExecutor(2) as pool:
         translated = [pool.submit(lambda op=op: translated_object(ptx_of(csrc, op))) for op in OPS]
         sources = [pool.submit(_source_object, csrc, op) for op in OPS]
+        sources.append(pool.submit(_tensor_map_object, csrc))
         return _module([job.result() for job in (*translated, *sources)], [])
 
 
@@ -165,7 +198,8 @@ def sanitizer_program(kind: str, csrc: Path = CSRC) -> Path:
     # ThreadSanitizer must not see the runtime: it is told what a barrier orders.
     runtime_flags = ["-DCUDA_ON_CPU_TSAN", "-g"] if kind == "thread" else flags
     headers = [*_runtime_headers(), *sorted(csrc.glob("*/api.h"))]
-    main = _compile(RUNTIME / "sanitize_main.cpp", headers, [csrc, RUNTIME], [*_WARNINGS, *flags])
-    parts = [main, *(_source_object(csrc, op, flags) for op in OPS), *_runtime_objects(runtime_flags)]
+    main = _compile(RUNTIME / "sanitize_main.cpp", headers, _includes(csrc), [*_WARNINGS, *flags])
+    sources = [*(_source_object(csrc, op, flags) for op in OPS), _tensor_map_object(csrc, flags)]
+    parts = [main, *sources, *_runtime_objects(runtime_flags)]
     command = ["g++", *_SANITIZERS[kind], "-rdynamic", *parts, "-ldl", "-o"]
     return _made("", [*_SANITIZERS[kind], *(part.name for part in parts)], [], lambda target: _run([*command, target]))

@@ -56,6 +56,8 @@ class Context:
         if kind[0] != "f" and re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", operand):
             value = int(operand, 0) % 2**64
             return f"{cpp}({value}ull)" if kind != "pred" else ("true" if value else "false")
+        if operand in self.parameters and kind in ("b64", "u64"):
+            return f"{cpp}(reinterpret_cast<uint64_t>(parameters[{self.parameters.index(operand)}]))"
         if operand in self.dynamic_shared and kind in ("b32", "u32", "b64", "u64"):
             return f"{cpp}(0)"  # the block's dynamic shared memory starts at offset 0
         raise ValueError(f"operand {operand!r} as .{kind}")
@@ -79,14 +81,24 @@ class Context:
             raise ValueError(f"address {operand!r}")
         return match[1], int(match[2] or 0)
 
+    def name(self, register: str) -> str:
+        """The C++ variable of a register."""
+        return identifier(register)
+
+    def shared_offset(self, operand: str) -> str:
+        """The offset in shared memory that `[base+offset]` means."""
+        base, offset = self.split_address(operand)
+        if base in self.dynamic_shared:
+            return f"uint64_t({offset})"
+        return f"uint64_t(uint32_t({self.read(base, 'b32')}) + uint32_t({offset}))"
+
     def memory(self, operand: str, space: str, num_bytes: int, access: str) -> str:
         """The checked host address of an access; `space` is global, shared or "" (generic)."""
         base, offset = self.split_address(operand)
         function = {"global": "global_memory", "shared": "shared_memory_at", "": "generic_memory"}[space]
-        if space == "shared" and base not in self.dynamic_shared:
+        if space == "shared":
             address = f"uint64_t(uint32_t({identifier(base)}) + uint32_t({offset}))"
-        elif space == "shared":
-            address = f"uint64_t({offset})"
+            address = f"uint64_t({offset})" if base in self.dynamic_shared else address
         else:
             address = f"{self.read(base, 'u64')} + uint64_t(int64_t({offset}))"
         return f"{function}({address}, {num_bytes}, Access::{access}, {self.line})"
@@ -94,7 +106,9 @@ class Context:
     def parameter(self, operand: str, kind: str, index: int = 0) -> str:
         """The `index`-th value of type `kind` at `[name+offset]` of the kernel's parameters."""
         base, offset = self.split_address(operand)
+        at = offset + index * bits_of(kind) // 8
+        if base in self.registers:  # the parameter's address was moved there
+            return f"load<{TYPES[kind]}>(reinterpret_cast<const uint8_t*>({self.read(base, 'u64')}) + {at}, 0)"
         if base not in self.parameters:
             raise ValueError(f"parameter {base!r}")
-        at = offset + index * bits_of(kind) // 8
         return f"parameter<{TYPES[kind]}>(parameters, {self.parameters.index(base)}, {at})"

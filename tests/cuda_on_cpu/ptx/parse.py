@@ -58,7 +58,7 @@ class Module:
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", re.S)
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)(?:\[\d+\])?")
-_HINTS = ('.pragma "nounroll"',)  # they mean nothing to the result
+_HINTS = re.compile(r'\.pragma "(nounroll|used_bytes_mask \w+)"')  # they mean nothing to the result
 _KNOWN_DIRECTIVES = re.compile(r"\s*(\.(maxntid|reqntid|minnctapersm|maxnreg)[ \d,]*\s*)*")
 
 
@@ -92,6 +92,7 @@ def _statements(text: str, position: int) -> list[Statement]:
     """From behind the entry's `{` to its `}`."""
     statements: list[Statement] = []
     depth, start = 1, position
+    line, counted = _line(text, position), position
     while True:
         char = text[position]
         pending = text[start:position].strip()
@@ -103,10 +104,12 @@ def _statements(text: str, position: int) -> list[Statement]:
             statements.append(Scope(char == "{"))
         elif char == ":" and re.fullmatch(r"[\w$]+", pending):
             statements.append(Label(pending))
-        elif char == ";" and pending in _HINTS:
+        elif char == ";" and _HINTS.fullmatch(pending):
             pass
         elif char == ";":
-            statements.append(_statement(pending, _line(text, start + len(text[start:position]) - 1)))
+            line += text.count("\n", counted, position)
+            counted = position
+            statements.append(_statement(pending, line))
         else:
             continue
         start = position
