@@ -128,6 +128,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// clang-format off: the places of operands are easier to check in columns
 #define K25_SUMS_8(i)                                                                                           \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
@@ -158,6 +159,7 @@ __device__ __forceinline__ void wgmma_wait() {
                ", 0;\nwgmma.mma_async.sync.aligned." shape " {" names "}, " descriptors ", %%accumulate, " immediates \
                ";\n}"                                                                                                 \
                : __VA_ARGS__)
+// clang-format on
 
 template <bool kMnMajorA, bool kMnMajorB>
 __device__ __forceinline__ void wgmma_bf16(float (&sums)[32], uint64_t a, uint64_t b, bool accumulate) {

@@ -19,8 +19,7 @@ void launch_bf16(const GemmCall& call, Stream stream) {
 }  // namespace
 
 void gemm_bf16(const GemmBf16& p, Stream stream) {
-  const GemmCall call{p.a,    p.b,       p.out,   p.offsets,     nullptr,    nullptr,
-                      p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+  const GemmCall call = call_of(p);
   if (!check_gemm("gemm_bf16", call, 8)) return;
   if (!p.b_is_transposed) return launch_bf16<false>(call, stream);
   check_size("gemm_bf16", "columns of a transposed b", p.columns, 0, 8);
@@ -28,8 +27,7 @@ void gemm_bf16(const GemmBf16& p, Stream stream) {
 }
 
 void gemm_fp8(const GemmFp8& p, Stream stream) {
-  const GemmCall call{p.a,    p.b,       p.out,   p.offsets,     p.a_scales, p.b_scales,
-                      p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+  const GemmCall call = call_of(p);
   if (!check_gemm("gemm_fp8", call, 16)) return;
   const int width = choose_tile_n(call, {64, 128, 192});
   if (width == 64) return launch_gemm<Fp8Config<64>>(call, stream);

@@ -21,6 +21,13 @@ struct GemmCall {
   DType out_dtype;
 };
 
+inline GemmCall call_of(const GemmBf16& p) {
+  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+}
+inline GemmCall call_of(const GemmFp8& p) {
+  return {p.a, p.b, p.out, p.offsets, p.a_scales, p.b_scales, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+}
+
 template <class Config>
 CUtensorMap map_of_operand(const void* address, int64_t depth, int64_t rows, int box_rows) {
   const auto type = Config::kScaled ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

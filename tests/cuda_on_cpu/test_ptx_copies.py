@@ -18,8 +18,8 @@ INIT = """mov.u32 %r2, tiles; add.s32 %r3, %r2, 32768; setp.eq.u32 %p, %r0, 0;
 @%p mbarrier.init.shared::cta.b64 [%r3], {count}; @%p fence.mbarrier_init.release.cluster; bar.sync 0;"""
 INIT_1, INIT_2 = INIT.format(count=1), INIT.format(count=2)
 WAIT = "mbarrier.try_wait.parity.shared::cta.b64 %q, [%r3], 0;"
-LOAD = """cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes
-[%r2], [%d4, {%r4, %r5}], [%r3];"""
+LOAD_2D = "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+LOAD = f"{LOAD_2D} [%r2], [%d4, {{%r4, %r5}}], [%r3];"
 START = "cvt.u32.u64 %r4, %d1; cvt.u32.u64 %r5, %d2;"
 EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], {bytes};"
 STORE = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%d4, {%r4, %r5}], [%r2];"
@@ -68,8 +68,9 @@ RUNS = [
     # Warps 0 and 1 wait at barrier 3 for warps 2 and 3, which only arrive.
     Kernel(
         "named_barrier_orders",
-        "mov.u32 %r2, tiles; setp.lt.u32 %p, %r0, 64; add.s32 %r6, %r0, -64; shl.b32 %r6, %r6, 2; add.s32 %r6, %r6, %r2;"
-        "@!%p st.shared.u32 [%r6], %r0; @!%p bar.arrive 3, 128; shl.b32 %r6, %r0, 2; add.s32 %r6, %r6, %r2;"
+        "mov.u32 %r2, tiles; setp.lt.u32 %p, %r0, 64; add.s32 %r6, %r0, -64; shl.b32 %r6, %r6, 2;"
+        "add.s32 %r6, %r6, %r2; @!%p st.shared.u32 [%r6], %r0; @!%p bar.arrive 3, 128; shl.b32 %r6, %r0, 2;"
+        "add.s32 %r6, %r6, %r2;"
         "mov.u32 %r1, 1; @%p bar.sync 3, 128; @%p ld.shared.u32 %r1, [%r6]",
     ),
     Kernel(
@@ -220,6 +221,20 @@ ERRORS = [
         "race at byte .*a bulk copy to shared memory",
     ),
     (Kernel("no_wait", LOADED + READ), "race at byte .*a bulk copy to shared memory"),
+    (
+        Kernel("too_few_bytes", INIT_1 + START + one_thread(EXPECT.format(bytes=512) + LOAD) + WAIT),
+        r"deadlock|race",
+    ),
+    (
+        Kernel("two_copies_and_bytes_of_one", INIT_1 + START + one_thread(EXPECT.format(bytes=BOX_64_BY_8) + LOAD * 2)
+               + WAIT),
+        "race at byte .*a bulk copy to shared memory",
+    ),
+    (
+        Kernel("bytes_of_one", INIT_1 + START + one_thread(EXPECT.format(bytes=BOX_64_BY_8) + LOAD
+               + "add.s32 %r2, %r2, 8192;" + LOAD) + WAIT + "mov.u32 %r1, 0;" + WAIT.replace(", 0;", ", 1;")),
+        "completes in phase 1, and was issued in phase 0",
+    ),
     (Kernel("in_flight_at_the_end", LOADED), "the block ended with 1 bulk copies in flight"),
     (
         Kernel(
@@ -237,14 +252,16 @@ ERRORS = [
     ),
     (
         Kernel("over_unordered_reads", INIT_1 + START + WRITE + one_thread(LOAD)),
-        "race at byte .* of shared memory: .*written by a bulk copy",
+        "is accessed by a bulk copy to shared memory|race at byte .* of shared memory: .*written by a bulk copy",
     ),
     (
         Kernel("store_not_fenced", TILES + START + WRITE + "bar.sync 0;" + one_thread(STORE)),
         "is accessed by a bulk store from shared memory at line .* without a fence.proxy.async by the writer",
     ),
     (
-        Kernel("fenced_by_the_reader", TILES + START + WRITE + "bar.sync 0;" + one_thread("fence.proxy.async;" + STORE)),
+        Kernel(
+            "fenced_by_the_reader", TILES + START + WRITE + "bar.sync 0;" + one_thread("fence.proxy.async;" + STORE)
+        ),
         "without a fence.proxy.async by the writer",
     ),
     (
@@ -300,7 +317,7 @@ def test_what_a_tensor_map_must_be(module: ModuleType) -> None:
         with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled: CUresult 1"):
             make(*arguments)
     larger = make(address, BF16, [64, 65], [128], (64, 8), 0)
-    with pytest.raises(RuntimeError, match="out of bounds: load of 128 bytes .* of source"):
+    with pytest.raises(RuntimeError, match=r"out of bounds: load of 128 bytes .* of source"):
         runner.run(COPIES["load"], 0, 60, tensor_map=larger)
     flat = make(address, BF16, [64], [], (64,), 0)
     with pytest.raises(RuntimeError, match="2 coordinates and a tensor map of 1 dimensions"):
@@ -313,8 +330,8 @@ def test_what_a_tensor_map_must_be(module: ModuleType) -> None:
         "mbarrier.test_wait.parity.shared::cta.b64 %p, [%r1], 0",
         "mbarrier.arrive.shared::cta.b64 %d1, [%r1]",
         "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r1]",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%d1, {%r1, %r2}], [%r3], %r4",
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%d1, {%r1}], [%r3]",
+        f"{LOAD_2D}.multicast::cluster [%r1], [%d1, {{%r1, %r2}}], [%r3], %r4",
+        f"{LOAD_2D} [%r1], [%d1, {{%r1}}], [%r3]",
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d1], 16, [%r2]",
         "fence.proxy.async.global",
         "barrier.cluster.arrive",

@@ -16,6 +16,7 @@ constexpr size_t kReserved = 256;
 struct Load {
   BoxCopy box;
   uint64_t mbarrier;
+  Event completion;
 };
 
 struct Store {
@@ -70,7 +71,7 @@ BoxCopy box_of(uint64_t shared, uint64_t map, const int32_t* start, int rank) {
 
 void finish(const Load& load) {
   load_box(load.box);
-  mbarrier_complete_tx(load.mbarrier, load.box.map.box_bytes());
+  mbarrier_complete_tx(load.mbarrier, load.box.map.box_bytes(), load.completion);
 }
 
 void perform_stores(int thread, uint32_t last_group) {
@@ -117,10 +118,9 @@ void finish_block_copies() {
 }
 
 void bulk_load(uint64_t shared, uint64_t map, uint64_t mbarrier, const int32_t* start, int rank, int line) {
-  const Load load{box_of(shared, map, start, rank), mbarrier};
-  const Event completion = mbarrier_completion(mbarrier);
-  note_shared(load.box, {Access::write, completion, known_to_thread(), line});
-  note_box_in_global(load.box, {Access::read, completion, known_to_thread(), line});
+  const Load load{box_of(shared, map, start, rank), mbarrier, mbarrier_completion(mbarrier)};
+  note_shared(load.box, {Access::write, load.completion, known_to_thread(), line});
+  note_box_in_global(load.box, {Access::read, load.completion, known_to_thread(), line});
   if (!machine().options.lazy) return finish(load);
   std::memset(shared_memory() + shared, 0xFF, load.box.map.box_bytes());
   copies().loads.push_back(load);

@@ -275,6 +275,7 @@ void run_block(Machine& m) {
 
 Options& options() { return machine().options; }
 const ThreadState& current_thread() { return machine().fibers[machine().running].state; }
+const std::string& last_kernel() { return machine().kernel; }
 uint8_t* shared_memory() { return machine().shared; }
 size_t shared_bytes() { return machine().shared_bytes; }
 

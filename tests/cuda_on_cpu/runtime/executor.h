@@ -53,6 +53,9 @@ using Body = void (*)(void* context);
 // Runs body(context) once for each thread of the grid. Throws Error.
 void run_grid(const std::string& kernel, dim3 grid, dim3 block, size_t shared_bytes, Body body, void* context);
 
+// The name of the kernel that was launched last.
+const std::string& last_kernel();
+
 // bar.sync `id`: waits until `count` threads have arrived, or (0) every thread of the block that has not exited.
 void block_barrier(int id, int count = 0);
 // bar.arrive: counts as arrived, and goes on.

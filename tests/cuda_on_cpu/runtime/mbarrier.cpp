@@ -152,8 +152,12 @@ Event mbarrier_completion(uint64_t offset) {
   return {b.agent, b.phase + 1};
 }
 
-void mbarrier_complete_tx(uint64_t offset, uint32_t bytes) {
+void mbarrier_complete_tx(uint64_t offset, uint32_t bytes, Event completion) {
   Mbarrier& b = initialized(offset, "a bulk copy");
+  if (b.phase + 1 != completion.time) {
+    fail("a bulk copy: it completes in phase " + std::to_string(b.phase) + ", and was issued in phase " +
+         std::to_string(completion.time - 1) + ", of " + place(offset) + ": that phase did not expect its bytes");
+  }
   count_transactions(b, -int64_t(bytes));
   complete_phase_if_due(b);
 }

@@ -19,8 +19,8 @@ bool mbarrier_wait_parity(uint64_t offset, uint32_t parity);
 // The completion, on that mbarrier, of an asynchronous copy that the current thread starts: it happens with the
 // mbarrier's current phase. Fails unless the mbarrier's initialization is visible to the async proxy.
 Event mbarrier_completion(uint64_t offset);
-// The copy's bytes have arrived.
-void mbarrier_complete_tx(uint64_t offset, uint32_t bytes);
+// The bytes of a copy that was to complete as `completion` have arrived.
+void mbarrier_complete_tx(uint64_t offset, uint32_t bytes, Event completion);
 
 // "mbarrier.try_wait" and what the mbarrier still waits for; "" for any other wait.
 std::string describe_mbarrier_wait(const char* what, uint32_t number);

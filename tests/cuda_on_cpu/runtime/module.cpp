@@ -53,7 +53,7 @@ void run_kernel(const std::string& symbol, int num_blocks, int num_threads, size
   run_ptx_symbol(symbol, dim3(unsigned(num_blocks)), dim3(unsigned(num_threads)), shared_bytes, addresses.data());
 }
 
-#if !defined(CUDA_ON_CPU_KERNELS_ONLY)
+#if defined(CUDA_ON_CPU_GEMM)
 void bind_gemm(pybind11::module_& module) {
   using namespace k25;
   module.def("gemm_bf16", [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t columns,
@@ -80,16 +80,19 @@ PYBIND11_MODULE(cuda_on_cpu_executor, module) {
   module.def("clear_buffers", &clear_buffers);
   module.def("ptx_symbols", &ptx_symbols);
   module.def("tensor_map", &tensor_map);
+  module.def("last_kernel", &last_kernel);
   module.def("run_kernel", [](const std::string& symbol, int num_blocks, int num_threads, size_t shared_bytes,
                               const std::vector<pybind11::bytes>& parameters) {
     run_kernel(symbol, num_blocks, num_threads, shared_bytes, {parameters.begin(), parameters.end()});
   });
-#if !defined(CUDA_ON_CPU_KERNELS_ONLY)
+#if defined(CUDA_ON_CPU_ROUTING)
   namespace cuda = k25::cuda;
   k25::bind_ops<k25::Stream>(
       module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
                cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward});
-  bind_gemm(module);
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
+#endif
+#if defined(CUDA_ON_CPU_GEMM)
+  bind_gemm(module);
 #endif
 }
