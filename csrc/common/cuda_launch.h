@@ -16,6 +16,25 @@ inline void check_launch(const char* where) {
     throw std::runtime_error(std::string(where) + ": launch failed: " + cudaGetErrorString(status));
   }
 }
+
+// Of the current device.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    throw std::runtime_error("the CUDA runtime names no current device");
+  }
+  return count;
+}
+
+// More dynamic shared memory than the 48 KB that a kernel gets without asking.
+template <class Kernel>
+void allow_shared_memory(Kernel kernel, int bytes) {
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("shared memory of a kernel: ") + cudaGetErrorString(status));
+  }
+}
 }  // namespace k25::cuda
 
 #define K25_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                               \

@@ -4,13 +4,16 @@ Everything lies in build/cuda_on_cpu under the hash of what it was made from, so
 planted bug recompiles one op.
 """
 
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +26,7 @@ from tests.cuda_on_cpu.ptx.translate import translate
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNTIME = Path(__file__).resolve().parent / "runtime"
+# The gemm module is apart: it takes long to build.
 OPS = ("dispatch", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu")
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
@@ -67,13 +71,32 @@ def _made(suffix: str, parts: Sequence[str], files: Sequence[Path], make: Callab
     return target
 
 
-def _sources_of(csrc: Path, op: str) -> list[Path]:
-    folders = (csrc / "common", csrc / op)
+def _sources_of(csrc: Path, op: str, source: Path | None = None) -> list[Path]:
+    folders = (csrc / "common", csrc / op, *([source.parent] if source else []))
     return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".h", ".cuh", ".cu"))
 
 
 def _runtime_headers() -> list[Path]:
     return sorted(RUNTIME.glob("*.h"))
+
+
+@functools.cache
+def _cuda_include() -> str:
+    """The folder of cuda.h, as nvcc says it."""
+    nvcc = find_nvcc()
+    assert nvcc
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.touch()
+        said = _run([nvcc, "--dryrun", "-E", source])
+    found = re.search(r'INCLUDES="-I([^"]+)"', said)
+    if not found:
+        raise RuntimeError(f"nvcc --dryrun names no include folder: {said}")
+    return found[1].strip()
+
+
+def _includes(*others: Path | str) -> list[Path | str]:
+    return [*others, RUNTIME, _cuda_include()]
 
 
 def _compile(source: Path, dependencies: Sequence[Path], includes: Sequence[Path | str], flags: Sequence[str]) -> Path:
@@ -83,13 +106,14 @@ def _compile(source: Path, dependencies: Sequence[Path], includes: Sequence[Path
     return _made(".o", command, [source, *dependencies], make)
 
 
-def ptx_of(csrc: Path, op: str) -> Path:
-    """The PTX that nvcc writes for one op, with the flags of the real build."""
+def ptx_of(csrc: Path, op: str, source: Path | None = None, flags: Sequence[str] = ()) -> Path:
+    """The PTX that nvcc writes for one op, with the flags of the real build; of `source` instead of its cuda.cu."""
     nvcc = find_nvcc()
     assert nvcc
-    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-ptx"]
-    make = lambda target: _run([*command, f"-I{csrc}", csrc / op / "cuda.cu", "-o", target])  # noqa: E731
-    return _made(".ptx", [_version(nvcc), *command[1:], op], _sources_of(csrc, op), make)
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-ptx", *flags]
+    file = source or csrc / op / "cuda.cu"
+    make = lambda target: _run([*command, f"-I{csrc}", file, "-o", target])  # noqa: E731
+    return _made(".ptx", [_version(nvcc), *command[1:], file.name, op], _sources_of(csrc, op, source), make)
 
 
 def resource_usage(op: str) -> str:
@@ -110,25 +134,35 @@ def _version(nvcc: str) -> str:
     return _run([nvcc, "--version"])
 
 
-def translated_object(ptx: Path) -> Path:
+def translated_object(ptx: Path, flags: Sequence[str] = ()) -> Path:
     """The translated PTX, compiled. Raises PtxError for what the translator does not know."""
     translator = sorted((RUNTIME.parent / "ptx").glob("*.py"))
     cpp = _made(".cpp", [], [ptx, *translator], lambda target: target.write_text(translate(ptx.read_text())))
-    return _compile(cpp, _runtime_headers(), [RUNTIME], ["-w"])
+    return _compile(cpp, _runtime_headers(), _includes(), ["-w", *flags])
 
 
-def _source_object(csrc: Path, op: str, flags: Sequence[str] = ()) -> Path:
-    dependencies = [*_sources_of(csrc, op), *_runtime_headers()]
-    return _compile(csrc / op / "cuda.cu", dependencies, [csrc, RUNTIME], [*_WARNINGS, *flags])
+def _source_object(csrc: Path, op: str, flags: Sequence[str] = (), source: Path | None = None) -> Path:
+    dependencies = [*_sources_of(csrc, op, source), *_runtime_headers()]
+    return _compile(source or csrc / op / "cuda.cu", dependencies, _includes(csrc), [*_WARNINGS, *flags])
+
+
+def _tensor_map_object(csrc: Path, flags: Sequence[str] = ()) -> Path:
+    headers = [*sorted((csrc / "common").glob("*.*h")), *_runtime_headers()]
+    return _compile(csrc / "common" / "tensor_map.cu", headers, _includes(csrc), [*_WARNINGS, *flags])
 
 
 def _runtime_objects(flags: Sequence[str] = ()) -> list[Path]:
-    names = ("executor.cpp", "memory.cpp", "ptx_launch.cpp")
-    return [_compile(RUNTIME / name, _runtime_headers(), [RUNTIME], ["-O2", *_WARNINGS, *flags]) for name in names]
+    sources = sorted(path for path in RUNTIME.glob("*.cpp") if path.name not in ("module.cpp", "sanitize_main.cpp"))
+    # wgmma's loops are most of the time.
+    level = {"wgmma.cpp": ["-O3", "-mavx2"]}
+    return [
+        _compile(path, _runtime_headers(), _includes(), [*level.get(path.name, ["-O2"]), *_WARNINGS, *flags])
+        for path in sources
+    ]
 
 
 def _module(objects: Sequence[Path], flags: Sequence[str]) -> ModuleType:
-    includes = [CSRC, RUNTIME, pybind11.get_include(), sysconfig.get_path("include")]
+    includes = _includes(CSRC, pybind11.get_include(), sysconfig.get_path("include"))
     headers = [*_runtime_headers(), *sorted(CSRC.glob("*/api.h")), CSRC / "bindings.h"]
     binding = _compile(RUNTIME / "module.cpp", headers, includes, ["-O0", "-fvisibility=hidden", *flags])
     parts = [binding, *_runtime_objects(), *objects]
@@ -150,13 +184,33 @@ def executor_module(csrc: Path = CSRC) -> ModuleType:
     with ThreadPoolExecutor(2) as pool:
         translated = [pool.submit(lambda op=op: translated_object(ptx_of(csrc, op))) for op in OPS]
         sources = [pool.submit(_source_object, csrc, op) for op in OPS]
-        return _module([job.result() for job in (*translated, *sources)], [])
+        return _module([job.result() for job in (*translated, *sources)], ["-DCUDA_ON_CPU_ROUTING"])
+
+
+def gemm_module() -> ModuleType:
+    """The matrix products of csrc, in both executors."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            # Its translated kernels are large, and their time is in wgmma, which is the runtime's.
+            pool.submit(lambda: translated_object(ptx_of(CSRC, "gemm"), ["-O0"])),
+            pool.submit(_source_object, CSRC, "gemm"),
+            pool.submit(_tensor_map_object, CSRC),
+        ]
+        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM"])
+
+
+def small_gemm_module(kind: int, csrc: Path = CSRC) -> ModuleType:
+    """One kernel of small_gemm.cu, for the PTX executor; its device code is that of `csrc`, the host's that of CSRC."""
+    source, flag = RUNTIME.parent / "small_gemm.cu", f"-DK25_KIND={kind}"
+    translated = translated_object(ptx_of(csrc, "gemm", source, [flag]), ["-O0"])
+    host = [_source_object(CSRC, "gemm", [flag], source), _tensor_map_object(CSRC)]
+    return _module([translated, *host], ["-DCUDA_ON_CPU_GEMM"])
 
 
 def kernels_module(ptx_text: str) -> ModuleType:
     """The kernels of a PTX text alone, to be run with `run_kernel`."""
     ptx = _made(".ptx", [ptx_text], [], lambda target: target.write_text(ptx_text))
-    return _module([translated_object(ptx)], ["-DCUDA_ON_CPU_KERNELS_ONLY"])
+    return _module([translated_object(ptx)], [])
 
 
 def sanitizer_program(kind: str, csrc: Path = CSRC) -> Path:
@@ -165,7 +219,7 @@ def sanitizer_program(kind: str, csrc: Path = CSRC) -> Path:
     # ThreadSanitizer must not see the runtime: it is told what a barrier orders.
     runtime_flags = ["-DCUDA_ON_CPU_TSAN", "-g"] if kind == "thread" else flags
     headers = [*_runtime_headers(), *sorted(csrc.glob("*/api.h"))]
-    main = _compile(RUNTIME / "sanitize_main.cpp", headers, [csrc, RUNTIME], [*_WARNINGS, *flags])
+    main = _compile(RUNTIME / "sanitize_main.cpp", headers, _includes(csrc), [*_WARNINGS, *flags])
     parts = [main, *(_source_object(csrc, op, flags) for op in OPS), *_runtime_objects(runtime_flags)]
     command = ["g++", *_SANITIZERS[kind], "-rdynamic", *parts, "-ldl", "-o"]
     return _made("", [*_SANITIZERS[kind], *(part.name for part in parts)], [], lambda target: _run([*command, target]))

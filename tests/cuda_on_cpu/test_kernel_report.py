@@ -40,7 +40,7 @@ def wide_accesses(entry: Entry) -> tuple[int, int]:
     return sum(op.startswith("ld") for op in wide), sum(op.startswith("st") for op in wide)
 
 
-@pytest.mark.parametrize("op", build.OPS)
+@pytest.mark.parametrize("op", [*build.OPS, "gemm"])
 def test_no_kernel_spills(op: str) -> None:
     usage = build.resource_usage(op)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", usage)
@@ -57,3 +57,18 @@ def test_accesses_of_16_bytes(op: str, symbol: str) -> None:
     least = WIDE[op, symbol]
     assert loads >= least[0], f"{loads} loads"
     assert stores >= least[1], f"{stores} stores"
+
+
+def test_matrix_products_use_tensor_cores_and_bulk_copies() -> None:
+    """ptxas warns where it makes wgmma wait for each other (C7510) or ignores setmaxnreg (C7508)."""
+    assert not re.search(r"C75\d\d|warning", build.resource_usage("gemm"))
+    entries = parse(build.ptx_of(build.CSRC, "gemm").read_text()).entries
+    assert len(entries) >= 9
+    for entry in entries:
+        opcodes = [s.opcode for s in entry.statements if isinstance(s, Instruction)]
+        kind = "e4m3" if "E4m3" in entry.symbol else "bf16"
+        assert sum(bool(re.fullmatch(rf"wgmma\.mma_async.*{kind}\.{kind}", op)) for op in opcodes) >= 4
+        assert sum(op.startswith("cp.async.bulk.tensor") and "shared::cluster.global" in op for op in opcodes) >= 2
+        assert sum(op.startswith("cp.async.bulk.tensor") and "global.shared::cta" in op for op in opcodes) >= 2
+        assert sum(op.startswith("stmatrix") for op in opcodes) >= 4
+        assert not any(op.startswith("mma.sync") for op in opcodes)

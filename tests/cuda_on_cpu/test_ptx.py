@@ -140,7 +140,7 @@ def test_instruction(cases_module: ModuleType, index: int) -> None:
         ("fma.rn.ftz.f32 %a, %b, %c, %d", "unknown instruction fma.rn.ftz.f32"),
         ("add.s32 %a, %b", "operands not understood"),
         ("mov.u32 %d, %clock", "operands not understood.*%clock"),
-        ("bar.sync 0, 64", "operands not understood"),
+        ("bar.sync 0, 64, 1", "operands not understood"),
         ("ld.global.v4.u32 {%a, %b}, [%A]", "operands not understood"),
         (".shared .b32 x[4]", "unsupported|static shared"),
         ("call.uni (retval0), f, (param0)", "unknown instruction call.uni"),

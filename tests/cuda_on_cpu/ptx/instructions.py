@@ -16,10 +16,12 @@ _FLOAT = r"(f32|f64)"
 _ANY = r"([busf](?:16|32|64))"
 
 
-def _rule(pattern: str) -> Callable[[Rule], Rule]:
-    def add(rule: Rule) -> Rule:
-        RULES.append((re.compile(pattern), rule))
-        return rule
+def rule(pattern: str) -> Callable[[Rule], Rule]:
+    """Registers the decorated function for the opcodes that `pattern` matches in full."""
+
+    def add(function: Rule) -> Rule:
+        RULES.append((re.compile(pattern), function))
+        return function
 
     return add
 
@@ -30,7 +32,7 @@ def _expression(pattern: str, template: str, kinds: Callable[[re.Match[str]], li
     In the template T is the C++ type of the first operand, U the unsigned one of its width.
     """
 
-    def rule(c: Context, m: re.Match[str], operands: list[str]) -> str:
+    def translated(c: Context, m: re.Match[str], operands: list[str]) -> str:
         types = kinds(m)
         if len(operands) != len(types) + 1:
             raise ValueError(f"expected {len(types) + 1} operands")
@@ -39,7 +41,7 @@ def _expression(pattern: str, template: str, kinds: Callable[[re.Match[str]], li
         unsigned = f"uint{bits_of(types[0])}_t" if types[0] != "pred" else "bool"
         return c.put(operands[0], template.format(*m.groups(), **values, T=cpp, U=unsigned))
 
-    RULES.append((re.compile(pattern), rule))
+    RULES.append((re.compile(pattern), translated))
 
 
 def _define_arithmetic() -> None:
@@ -96,11 +98,11 @@ def _define_conversions() -> None:
     source = lambda m: [m[2]]  # noqa: E731
 
     def to_type(pattern: str, template: str) -> None:
-        def rule(c: Context, m: re.Match[str], operands: list[str]) -> str:
+        def translated(c: Context, m: re.Match[str], operands: list[str]) -> str:
             value = c.read(operands[1], m[2])
             return c.put(operands[0], template.format(to=TYPES[m[1]], value=value))
 
-        RULES.append((re.compile(pattern), rule))
+        RULES.append((re.compile(pattern), translated))
 
     to_type(rf"cvt\.{integers}\.{integers}", "{to}({value})")
     to_type(rf"cvt\.rn\.{_FLOAT}\.{_INTEGER}", "{to}({value})")
@@ -117,7 +119,7 @@ _define_floating_point()
 _define_conversions()
 
 
-@_rule(r"mov\.(pred|[busf](?:16|32|64))")
+@rule(r"mov\.(pred|[busf](?:16|32|64))")
 def _move(c: Context, m: re.Match[str], operands: list[str]) -> str:
     target, source = operands
     kind = m[1]
@@ -136,7 +138,7 @@ def _move(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(target, c.read(source, kind))
 
 
-@_rule(rf"setp\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)\.{_ANY}")
+@rule(rf"setp\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)\.{_ANY}")
 def _compare(c: Context, m: re.Match[str], operands: list[str]) -> str:
     compare, kind = m[1], m[2]
     target, a, b = operands[0], c.read(operands[1], kind), c.read(operands[2], kind)
@@ -153,24 +155,24 @@ def _compare(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(target, f"{unordered} || {a} {symbols[compare[:2]]} {b}")
 
 
-@_rule(r"cvta(?:\.to)?\.global\.u64")
+@rule(r"cvta(?:\.to)?\.global\.u64|cvta\.param\.u64")
 def _global_address(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], c.read(operands[1], "u64"))
 
 
-@_rule(r"cvta\.(to\.)?shared\.u64")
+@rule(r"cvta\.(to\.)?shared\.u64")
 def _shared_address(c: Context, m: re.Match[str], operands: list[str]) -> str:
     value, base = c.read(operands[1], "u64"), "reinterpret_cast<uint64_t>(shared_memory())"
     return c.put(operands[0], f"{value} - {base}" if m[1] else f"{value} + {base}")
 
 
-@_rule(r"ld\.param(?:\.v([24]))?\.([busf](?:8|16|32|64))")
+@rule(r"ld\.param(?:\.v([24]))?\.([busf](?:8|16|32|64))")
 def _load_parameter(c: Context, m: re.Match[str], operands: list[str]) -> str:
     registers = _vector_of(c, operands[0], m[1])
     return " ".join(c.put(r, c.parameter(operands[1], m[2], i)) for i, r in enumerate(registers))
 
 
-@_rule(r"ld(?:\.volatile)?(?:\.(global|shared))?(\.nc)?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
+@rule(r"ld(?:\.volatile)?(?:\.(global|shared))?(\.nc)?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
 def _load(c: Context, m: re.Match[str], operands: list[str]) -> str:
     space, read_only, kind = m[1] or "", m[2], m[4]
     registers = _vector_of(c, operands[0], m[3])
@@ -180,7 +182,7 @@ def _load(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return f"const uint8_t* at = {at}; " + " ".join(writes)
 
 
-@_rule(r"st(?:\.volatile)?(?:\.(global|shared))?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
+@rule(r"st(?:\.volatile)?(?:\.(global|shared))?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
 def _store(c: Context, m: re.Match[str], operands: list[str]) -> str:
     space, kind = m[1] or "", m[3]
     values = _vector_of(c, operands[1], m[2])
@@ -196,7 +198,7 @@ def _vector_of(c: Context, operand: str, count: str | None) -> list[str]:
     return registers
 
 
-@_rule(r"atom(?:\.(global|shared))?\.(add|min|max|and|or|xor)\.([busf](?:32|64))")
+@rule(r"atom(?:\.(global|shared))?\.(add|min|max|and|or|xor)\.([busf](?:32|64))")
 def _atomic(c: Context, m: re.Match[str], operands: list[str]) -> str:
     space, what, kind = m[1] or "", m[2], m[3]
     cpp = TYPES[kind] if kind[0] != "s" or what in ("min", "max") else f"uint{bits_of(kind)}_t"
@@ -206,18 +208,18 @@ def _atomic(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], f"atomic<{cpp}>({at}, {value}, []({cpp} x, {cpp} y) {{ return {cpp}({fold[what]}); }})")
 
 
-@_rule(r"bar\.sync")
+@rule(r"bar\.sync")
 def _block_barrier(c: Context, m: re.Match[str], operands: list[str]) -> str:
-    (barrier,) = operands
-    return f"block_barrier({c.read(barrier, 's32')});"
+    barrier, count = [*operands, "0"] if len(operands) == 1 else operands
+    return f"block_barrier({c.read(barrier, 's32')}, {c.read(count, 's32')});"
 
 
-@_rule(r"bar\.warp\.sync")
+@rule(r"bar\.warp\.sync")
 def _warp_barrier(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return f"warp_barrier({c.read(operands[0], 'u32')});"
 
 
-@_rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
+@rule(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 def _shuffle(c: Context, m: re.Match[str], operands: list[str]) -> str:
     target, _, predicate = operands[0].partition("|")
     value, b, clamp, mask = (c.read(operand, "u32") for operand in operands[1:])
@@ -225,12 +227,12 @@ def _shuffle(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return call + c.put(target, "got") + (" " + c.put(predicate, "in_range") if predicate else "")
 
 
-@_rule(r"match\.any\.sync\.b32")
+@rule(r"match\.any\.sync\.b32")
 def _match_any(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], f"match_any({c.read(operands[1], 'u32')}, {c.read(operands[2], 'u32')})")
 
 
-@_rule(r"redux\.sync\.(min|max)\.([us]32)")
+@rule(r"redux\.sync\.(min|max)\.([us]32)")
 def _redux(c: Context, m: re.Match[str], operands: list[str]) -> str:
     cpp = TYPES[m[2]]
     fold = f"[]({cpp} x, {cpp} y) {{ return {m[1]}_of(x, y); }}"
@@ -238,22 +240,22 @@ def _redux(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], call)
 
 
-@_rule(r"vote\.sync\.ballot\.b32")
+@rule(r"vote\.sync\.ballot\.b32")
 def _ballot(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], f"ballot({c.read(operands[1], 'pred')}, {c.read(operands[2], 'u32')})")
 
 
-@_rule(r"bra(?:\.uni)?")
+@rule(r"bra(?:\.uni)?")
 def _branch(c: Context, m: re.Match[str], operands: list[str]) -> str:
     (target,) = operands
     return f"goto {target.replace('$', 'L_')};"
 
 
-@_rule(r"ret|exit")
+@rule(r"ret|exit")
 def _return(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return "return;"
 
 
-@_rule(r"trap")
+@rule(r"trap")
 def _trap(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return f'fail("trap at PTX line {c.line}");'

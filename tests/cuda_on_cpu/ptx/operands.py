@@ -81,14 +81,24 @@ class Context:
             raise ValueError(f"address {operand!r}")
         return match[1], int(match[2] or 0)
 
+    def name(self, register: str) -> str:
+        """The C++ variable of a register."""
+        return identifier(register)
+
+    def shared_offset(self, operand: str) -> str:
+        """The offset in shared memory that `[base+offset]` means."""
+        base, offset = self.split_address(operand)
+        if base in self.dynamic_shared:
+            return f"uint64_t({offset})"
+        return f"uint64_t(uint32_t({self.read(base, 'b32')}) + uint32_t({offset}))"
+
     def memory(self, operand: str, space: str, num_bytes: int, access: str) -> str:
         """The checked host address of an access; `space` is global, shared or "" (generic)."""
         base, offset = self.split_address(operand)
         function = {"global": "global_memory", "shared": "shared_memory_at", "": "generic_memory"}[space]
-        if space == "shared" and base not in self.dynamic_shared:
+        if space == "shared":
             address = f"uint64_t(uint32_t({identifier(base)}) + uint32_t({offset}))"
-        elif space == "shared":
-            address = f"uint64_t({offset})"
+            address = f"uint64_t({offset})" if base in self.dynamic_shared else address
         else:
             address = f"{self.read(base, 'u64')} + uint64_t(int64_t({offset}))"
         return f"{function}({address}, {num_bytes}, Access::{access}, {self.line})"

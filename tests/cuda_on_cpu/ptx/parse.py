@@ -92,6 +92,7 @@ def _statements(text: str, position: int) -> list[Statement]:
     """From behind the entry's `{` to its `}`."""
     statements: list[Statement] = []
     depth, start = 1, position
+    line, counted = _line(text, position), position
     while True:
         char = text[position]
         pending = text[start:position].strip()
@@ -106,7 +107,9 @@ def _statements(text: str, position: int) -> list[Statement]:
         elif char == ";" and _HINTS.fullmatch(pending):
             pass
         elif char == ";":
-            statements.append(_statement(pending, _line(text, start + len(text[start:position]) - 1)))
+            line += text.count("\n", counted, position)
+            counted = position
+            statements.append(_statement(pending, line))
         else:
             continue
         start = position

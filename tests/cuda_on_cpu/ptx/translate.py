@@ -2,6 +2,7 @@
 
 import re
 
+from tests.cuda_on_cpu.ptx import hopper as hopper  # adds its rules
 from tests.cuda_on_cpu.ptx.instructions import RULES, Rule
 from tests.cuda_on_cpu.ptx.operands import Context, identifier
 from tests.cuda_on_cpu.ptx.parse import Entry, Instruction, Label, Module, PtxError, Registers, parse

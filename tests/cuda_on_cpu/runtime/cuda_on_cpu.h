@@ -1,5 +1,7 @@
 // What nvcc provides, for g++: csrc's .cu files compile unchanged against this and run on the executor.
 #pragma once
+#include <cuda.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,6 +16,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::cuda_on_cpu::current_thread().thread)
 #define blockIdx (::cuda_on_cpu::current_thread().block)
@@ -23,7 +26,18 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// The part of the CUDA runtime that csrc calls. The only driver function that is found is cuTensorMapEncodeTiled.
+enum cudaError_t { cudaSuccess };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
 
 namespace cuda_on_cpu {
 
@@ -99,6 +113,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 using std::exp;
 using std::fma;
+using std::min;
 
 inline void __syncthreads() { cuda_on_cpu::block_barrier(0); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_cpu::warp_barrier(mask); }
@@ -152,4 +167,10 @@ inline uint32_t to_bf16_pair(float low, float high) {
 }
 inline void store_words(uint4* p, uint4 words) { *p = words; }
 inline void* shared_memory() { return cuda_on_cpu::shared_memory(); }
+// Few, so that a block of a persistent kernel has several tiles.
+inline int num_multiprocessors() { return 3; }
+template <class Kernel>
+void allow_shared_memory(Kernel, int) {}
 }  // namespace k25::cuda
+
+#include "hopper_on_cpu.h"

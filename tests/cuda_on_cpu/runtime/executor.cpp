@@ -1,17 +1,20 @@
-// Fibers, their scheduler, barriers and warp collectives. Never instrumented by ThreadSanitizer: it is told of every
+// Fibers and their scheduler. Never instrumented by ThreadSanitizer: it is told of every
 // switch and of what a barrier orders, and must not see the runtime's own data.
 #include "executor.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <map>
-#include <random>
-#include <vector>
 
+#include "bulk_copy.h"
+#include "clocks.h"
+#include "machine.h"
+#include "mbarrier.h"
 #include "memory.h"
+#include "warp_instructions.h"
+#include "wgmma.h"
 
 #if !defined(__x86_64__)
 #error "the executor's context switch is written for x86-64"
@@ -58,57 +61,12 @@ namespace cuda_on_cpu {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__) || defined(CUDA_ON_CPU_TSAN)
-constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kStackBytes = 1024 << 10;
 #else
-constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kStackBytes = 512 << 10;
 #endif
-constexpr int kBarriers = 16;
-constexpr int kNobody = -1;
 
-enum class Status { ready, waiting, done };
-
-struct Fiber {
-  ThreadState state;
-  Status status;
-  const char* waits_for;  // with the barrier's number or the collective's mask
-  uint32_t waits_for_number;
-  char* stack = nullptr;
-  void* stack_pointer;
-  void* asan_fake_stack;
-  void* tsan_fiber = nullptr;
-};
-
-struct Warp {
-  const char* what = nullptr;  // the collective that lanes wait in
-  uint32_t mask = 0, arrived = 0;
-  uint64_t values[kWarpSize];
-  std::array<std::array<uint64_t, kWarpSize>, 2> results;  // by generation's parity
-  uint64_t generation = 0;
-  uint32_t epoch = 0;
-};
-
-struct Machine {
-  Options options;
-  std::string kernel;
-  std::vector<Fiber> fibers;
-  int num_threads = 0, num_live = 0, running = kNobody;
-  Body body = nullptr;
-  void* context = nullptr;
-  std::vector<Warp> warps;
-  std::array<std::vector<int>, kBarriers> barriers;
-  uint32_t block_epoch = 0;
-  uint8_t* shared = nullptr;
-  size_t shared_bytes = 0;
-  bool failed = false;
-  std::string failure;
-  std::mt19937_64 random;
-  void* main_stack_pointer = nullptr;
-  const void* main_stack = nullptr;
-  size_t main_stack_bytes = 0;
-  void* main_fake_stack = nullptr;
-  void* main_tsan_fiber = nullptr;
-  char barrier_tag[kBarriers], warp_tag[kMaxThreads / kWarpSize], launch_tag, done_tag;
-};
+}  // namespace
 
 Machine& machine() {
   static Machine instance;
@@ -130,6 +88,8 @@ void acquire(void* tag) {
   (void)tag;
 #endif
 }
+
+namespace {
 
 void switch_to_main(Machine& m) {
   Fiber& self = m.fibers[m.running];
@@ -175,8 +135,10 @@ void fiber_main() {
   std::abort();  // a finished fiber is never resumed
 }
 
-// Allocates nothing, as all that runs on a fiber: ThreadSanitizer would take the allocator's reuse for a race.
-void wait(Machine& m, const char* what, uint32_t number) {
+}  // namespace
+
+void wait(const char* what, uint32_t number) {
+  Machine& m = machine();
   Fiber& self = m.fibers[m.running];
   self.status = Status::waiting;
   self.waits_for = what;
@@ -184,21 +146,16 @@ void wait(Machine& m, const char* what, uint32_t number) {
   switch_to_main(m);
 }
 
-void wake(Machine& m, int thread) {
-  if (m.fibers[thread].status == Status::waiting) m.fibers[thread].status = Status::ready;
+void wake(int thread) {
+  Fiber& fiber = machine().fibers[thread];
+  if (fiber.status == Status::waiting) fiber.status = Status::ready;
 }
 
-void open_barrier(Machine& m, int id) {
-  for (const int thread : m.barriers[id]) wake(m, thread);
-  m.barriers[id].clear();
-  ++m.block_epoch;
-}
-
-// A thread that exits may be the last one that a barrier waits for.
-void retire(Machine& m) {
-  --m.num_live;
-  for (int id = 0; id < kBarriers; ++id) {
-    if (!m.barriers[id].empty() && int(m.barriers[id].size()) >= m.num_live) open_barrier(m, id);
+void wake_all(const char* what, uint32_t number) {
+  Machine& m = machine();
+  for (int i = 0; i < m.num_threads; ++i) {
+    const Fiber& fiber = m.fibers[i];
+    if (fiber.status == Status::waiting && fiber.waits_for == what && fiber.waits_for_number == number) wake(i);
   }
 }
 
@@ -208,12 +165,16 @@ std::string hex(uint32_t value) {
   return text;
 }
 
+namespace {
+
 std::string deadlock_report(const Machine& m) {
   std::map<std::string, std::vector<int>> waiting;
   for (int i = 0; i < m.num_threads; ++i) {
     const Fiber& fiber = m.fibers[i];
     if (fiber.status == Status::waiting) {
-      waiting[std::string(fiber.waits_for) + " " + hex(fiber.waits_for_number)].push_back(i);
+      const std::string mbarrier = describe_mbarrier_wait(fiber.waits_for, fiber.waits_for_number);
+      const std::string other = std::string(fiber.waits_for) + " " + hex(fiber.waits_for_number);
+      waiting[mbarrier.empty() ? other : mbarrier].push_back(i);
     }
   }
   std::string report = "deadlock in block " + std::to_string(m.fibers[0].state.block_index) + ":";
@@ -269,13 +230,13 @@ void prepare_shared_memory(Machine& m) {
 
 void prepare_block(Machine& m, dim3 grid, dim3 block, uint64_t block_index) {
   prepare_shared_memory(m);
+  start_block_clocks(m.num_threads, m.options.use_ptx);
   if (m.options.use_ptx) start_block_memory();
-  m.warps.assign(size_t(m.num_threads + kWarpSize - 1) / kWarpSize, Warp());
-  for (auto& barrier : m.barriers) {
-    barrier.clear();
-    barrier.reserve(kMaxThreads);
-  }
-  m.block_epoch = 0;
+  start_block_barriers();
+  start_block_mbarriers();
+  start_block_copies();
+  start_block_wgmma();
+  start_block_registers();
   m.num_live = m.num_threads;
   const dim3 position(unsigned(block_index % grid.x), unsigned(block_index / grid.x % grid.y),
                       unsigned(block_index / grid.x / grid.y));
@@ -299,23 +260,28 @@ void run_block(Machine& m) {
       progress = true;
       switch_to_fiber(m, thread);
       if (m.failed) throw Error(m.failure);
-      if (m.fibers[thread].status == Status::done) retire(m);
+      if (m.fibers[thread].status != Status::done) continue;
+      --m.num_live;
+      retire_from_barriers();
     }
-    if (!progress) throw Error(m.kernel + ": " + deadlock_report(m));
+    if (!progress && !complete_one_copy()) throw Error(m.kernel + ": " + deadlock_report(m));
   }
+  finish_block_copies();
+  finish_block_wgmma();
+  finish_block_registers();
 }
 
 }  // namespace
 
 Options& options() { return machine().options; }
 const ThreadState& current_thread() { return machine().fibers[machine().running].state; }
+const std::string& last_kernel() { return machine().kernel; }
 uint8_t* shared_memory() { return machine().shared; }
 size_t shared_bytes() { return machine().shared_bytes; }
-uint32_t block_epoch() { return machine().block_epoch; }
-uint32_t warp_epoch() { return machine().warps[machine().fibers[machine().running].state.linear / kWarpSize].epoch; }
 
 void fail(const std::string& message) {
   Machine& m = machine();
+  if (m.running == kNobody) throw Error(m.kernel + ": " + message);
   const ThreadState& t = current_thread();
   m.failed = true;
   m.failure =
@@ -353,64 +319,6 @@ void run_grid(const std::string& kernel, dim3 grid, dim3 block, size_t shared_by
     run_block(m);
     acquire(&m.done_tag);  // the next block uses the same stacks
   }
-}
-
-void block_barrier(int id) {
-  Machine& m = machine();
-  if (id < 0 || id >= kBarriers) fail("bar.sync " + std::to_string(id) + ": there are barriers 0 to 15");
-  release(&m.barrier_tag[id]);
-  m.barriers[id].push_back(m.running);
-  if (int(m.barriers[id].size()) >= m.num_live) {
-    open_barrier(m, id);
-  } else {
-    wait(m, "bar.sync", uint32_t(id));
-  }
-  acquire(&m.barrier_tag[id]);
-}
-
-void warp_exchange(const char* what, uint32_t mask, uint64_t value, uint64_t values[kWarpSize]) {
-  Machine& m = machine();
-  const int thread = m.running, lane = thread % kWarpSize, first = thread - lane;
-  Warp& warp = m.warps[thread / kWarpSize];
-  if (!(mask >> lane & 1))
-    fail(std::string(what) + ": lane " + std::to_string(lane) + " is not in its mask " + hex(mask));
-  if (warp.arrived && (warp.mask != mask || std::strcmp(warp.what, what) != 0)) {
-    fail(std::string(what) + " with mask " + hex(mask) + ", while other lanes of the warp wait at " + warp.what +
-         " with mask " + hex(warp.mask));
-  }
-  for (int i = 0; i < kWarpSize; ++i) {
-    const bool exists = first + i < m.num_threads && m.fibers[first + i].status != Status::done;
-    if (mask >> i & 1 && !exists) {
-      fail(std::string(what) + ": mask " + hex(mask) + " names lane " + std::to_string(i) + ", which has exited");
-    }
-  }
-  release(&m.warp_tag[thread / kWarpSize]);
-  warp.what = what;
-  warp.mask = mask;
-  warp.values[lane] = value;
-  warp.arrived |= 1u << lane;
-  const uint64_t parity = warp.generation % 2;
-  if (warp.arrived == mask) {
-    std::memcpy(warp.results[parity].data(), warp.values, sizeof(warp.values));
-    warp.arrived = 0;
-    ++warp.generation;
-    for (int i = 0; i < kWarpSize; ++i) {
-      if (i != lane && mask >> i & 1) wake(m, first + i);
-    }
-  } else {
-    wait(m, what, mask);
-  }
-  acquire(&m.warp_tag[thread / kWarpSize]);
-  std::memcpy(values, warp.results[parity].data(), sizeof(warp.values));
-}
-
-void warp_barrier(uint32_t mask) {
-  uint64_t ignored[kWarpSize];
-  Machine& m = machine();
-  Warp& warp = m.warps[m.running / kWarpSize];
-  const uint32_t before = warp.epoch;
-  warp_exchange("bar.warp.sync", mask, 0, ignored);
-  if (warp.epoch == before) ++warp.epoch;  // by the first lane that leaves
 }
 
 }  // namespace cuda_on_cpu

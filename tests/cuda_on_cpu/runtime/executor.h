@@ -27,6 +27,7 @@ struct Options {
   Order order = Order::in_order;  // of threads in a block, and of blocks in the grid
   uint64_t seed = 0;
   bool use_ptx = false;  // the translated PTX of a kernel, else its source compiled by g++
+  bool lazy = false;     // copies and wgmma complete as late as they may, else at once
 };
 
 // Valid while a kernel runs.
@@ -52,8 +53,13 @@ using Body = void (*)(void* context);
 // Runs body(context) once for each thread of the grid. Throws Error.
 void run_grid(const std::string& kernel, dim3 grid, dim3 block, size_t shared_bytes, Body body, void* context);
 
-// bar.sync `id`: waits for every thread of the block that has not exited.
-void block_barrier(int id);
+// The name of the kernel that was launched last.
+const std::string& last_kernel();
+
+// bar.sync `id`: waits until `count` threads have arrived, or (0) every thread of the block that has not exited.
+void block_barrier(int id, int count = 0);
+// bar.arrive: counts as arrived, and goes on.
+void block_arrive(int id, int count);
 
 // Gives each lane in `mask` the values of all lanes in it. `what` must be the same in all of them: a lane that is in
 // the mask and waits elsewhere, or has exited, is an error.
@@ -61,10 +67,5 @@ void warp_exchange(const char* what, uint32_t mask, uint64_t value, uint64_t val
 
 // bar.warp.sync: also orders memory accesses within the warp.
 void warp_barrier(uint32_t mask);
-
-// How often the block passed a barrier, and the current thread's warp a warp barrier: two accesses are ordered by what
-// happened between them.
-uint32_t block_epoch();
-uint32_t warp_epoch();
 
 }  // namespace cuda_on_cpu

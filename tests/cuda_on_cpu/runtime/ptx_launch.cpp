@@ -53,6 +53,7 @@ std::string symbol_of(void* kernel) {
 void run_ptx_symbol(const std::string& symbol, dim3 grid, dim3 block, size_t shared_bytes, void* const* parameters) {
   const auto found = table().find(symbol);
   if (found == table().end()) throw Error("no PTX was translated for " + readable(symbol));
+  options().use_ptx = true;
   start_launch_memory();
   PtxCall call{found->second, parameters};
   run_grid(readable(symbol), grid, block, shared_bytes, &PtxCall::run, &call);

@@ -80,7 +80,7 @@ bool run(const Sizes& s) {
 int main() {
   const Sizes sizes[] = {{5, 8, 12, 8, 2}, {3, 33, 7, 5, 4}, {1, 300, 516, 4, 16}};
   for (const auto order : {cuda_on_cpu::Order::in_order, cuda_on_cpu::Order::reverse, cuda_on_cpu::Order::random}) {
-    cuda_on_cpu::options() = {order, 1, false};
+    cuda_on_cpu::options() = {order, 1, false, false};
     for (const Sizes& s : sizes) {
       try {
         if (run(s) && run_pooling(s.dim)) continue;

@@ -1,0 +1,398 @@
+// One persistent kernel for every product: a producer warp loads tiles of A and B with bulk copies, two warpgroups
+// multiply 64 rows each. mbarriers `full` and `empty` pass the stages between them.
+#pragma once
+#include "common/hopper.cuh"
+#include "gemm/api.h"
+
+namespace k25::cuda {
+
+constexpr int kTileM = 128;    // of all consumers
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kRowsPerConsumer = kTileM / kConsumers;
+constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
+constexpr int kGemmThreads = (kConsumers + 1) * kWarpgroupSize;
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kScaleBlock = 128;       // elements of K, and rows of B, with one scale
+constexpr int kRowTilesTogether = 16;  // walked together, so that their rows of A and the columns of B stay in L2
+
+constexpr int kChunkBytes = kRowsPerConsumer * kSwizzleBytes;  // of the result, as it is stored
+constexpr int kChunkBuffers = 2;                               // of each consumer
+constexpr int kMaxSharedBytes = 227 << 10;
+constexpr int kBarrierBytes = 1024;
+
+struct Bf16Operands {
+  static constexpr int kBytes = 2;
+};
+struct E4m3Operands {
+  static constexpr int kBytes = 1;
+};
+
+// kTransposedB: B is (K, N) and its tiles are MN-major.
+template <class Operands_, int kTileN_, bool kTransposedB_>
+struct GemmConfig {
+  using Operands = Operands_;
+  static constexpr int kTileN = kTileN_;
+  static constexpr bool kTransposedB = kTransposedB_;
+  static constexpr bool kScaled = Operands::kBytes == 1;
+  static constexpr int kTileK = kSwizzleBytes / Operands::kBytes;
+  static constexpr int kSums = kTileN / 2;  // of a thread
+  static constexpr int kBytesA = kTileM * kSwizzleBytes, kBytesB = kTileN * kSwizzleBytes;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kEpilogueBytes = kConsumers * kChunkBuffers * kChunkBytes;
+  static constexpr int kStages = (kMaxSharedBytes - kEpilogueBytes - kBarrierBytes) / kStageBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kEpilogueBytes + kBarrierBytes;
+  static_assert(kStages >= 4 && kStages * 16 <= kBarrierBytes);
+};
+
+struct GemmParams {
+  const int32_t* offsets;
+  const float* a_scales;
+  const float* b_scales;
+  void* out;
+  int rows, columns, num_experts;
+  int depth_tiles;  // of K
+  bool out_is_f32;
+  bool whole_tiles_by_bulk_store;  // the result's rows are multiples of 16 bytes
+};
+
+struct Tile {
+  int expert, row, column;
+  int end_of_expert;  // row
+};
+
+// The tiles of one block in order: all blocks walk the same list, each takes every gridDim.x-th tile. A tile never
+// spans two experts. Within an expert, kRowTilesTogether row tiles go together over the columns.
+class TileWalk {
+ public:
+  __device__ __forceinline__ explicit TileWalk(const GemmParams& p, int tile_n)
+      : p_(p), tile_n_(tile_n), column_tiles_((p.columns + tile_n - 1) / tile_n), next_(int(blockIdx.x)) {
+    enter(0);
+  }
+
+  __device__ __forceinline__ bool next(Tile& tile) {
+    while (next_ >= first_ + count_) {
+      if (expert_ + 1 >= p_.num_experts) return false;
+      first_ += count_;
+      enter(expert_ + 1);
+    }
+    const int index = next_ - first_, row_tiles = count_ / column_tiles_;
+    const int together = kRowTilesTogether * column_tiles_;
+    const int first_row_tile = index / together * kRowTilesTogether;
+    const int height = min(kRowTilesTogether, row_tiles - first_row_tile), within = index % together;
+    tile.expert = expert_;
+    tile.row = begin_ + (first_row_tile + within % height) * kTileM;
+    tile.column = within / height * tile_n_;
+    tile.end_of_expert = end_;
+    next_ += int(gridDim.x);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void enter(int expert) {
+    expert_ = expert;
+    begin_ = p_.offsets ? __ldg(p_.offsets + expert) : 0;
+    end_ = p_.offsets ? __ldg(p_.offsets + expert + 1) : p_.rows;
+    require(0 <= begin_ && begin_ <= end_ && end_ <= p_.rows);
+    count_ = (end_ - begin_ + kTileM - 1) / kTileM * column_tiles_;
+  }
+
+  const GemmParams& p_;
+  int tile_n_, column_tiles_;
+  int next_, first_ = 0, count_;  // tiles of all experts: the next one, those before this expert, its own
+  int expert_, begin_, end_;
+};
+
+// The stage that a role is at, and the parity of the phase that it waits for in `full`.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+template <class Config>
+struct GemmShared {
+  uint8_t* base;
+  __device__ __forceinline__ uint8_t* a(int stage) const { return base + stage * Config::kStageBytes; }
+  __device__ __forceinline__ uint8_t* b(int stage) const { return a(stage) + Config::kBytesA; }
+  __device__ __forceinline__ uint8_t* chunks(int consumer) const {
+    return base + Config::kStages * Config::kStageBytes + consumer * kChunkBuffers * kChunkBytes;
+  }
+  __device__ __forceinline__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(chunks(kConsumers)); }
+  __device__ __forceinline__ uint64_t* empty() const { return full() + Config::kStages; }
+};
+
+// ---- the producer: one thread
+
+template <class Config>
+__device__ __forceinline__ void load_stage(const GemmShared<Config>& shared, const CUtensorMap* map_a,
+                                           const CUtensorMap* map_b, const GemmParams& p, const Tile& tile, int k,
+                                           int stage) {
+  uint64_t* full = shared.full() + stage;
+  arrive_expecting(full, Config::kStageBytes);
+  load_tile(shared.a(stage), map_a, full, k * Config::kTileK, tile.row);
+  if constexpr (Config::kTransposedB) {
+    constexpr int kColumns = kSwizzleBytes / Config::Operands::kBytes;  // of one row in shared memory
+#pragma unroll
+    for (int i = 0; i < Config::kTileN / kColumns; ++i) {
+      load_tile(shared.b(stage) + i * Config::kTileK * kSwizzleBytes, map_b, full, tile.column + i * kColumns,
+                k * Config::kTileK, tile.expert);
+    }
+  } else {
+    load_tile(shared.b(stage), map_b, full, k * Config::kTileK, tile.expert * p.columns + tile.column);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void produce(const GemmShared<Config>& shared, const CUtensorMap* map_a,
+                                        const CUtensorMap* map_b, const GemmParams& p) {
+  TileWalk walk(p, Config::kTileN);
+  Ring<Config::kStages> ring;
+  Tile tile;
+  while (walk.next(tile)) {
+#pragma unroll 1
+    for (int k = 0; k < p.depth_tiles; ++k) {
+      wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);
+      load_stage(shared, map_a, map_b, p, tile, k, ring.stage);
+      ring.advance();
+    }
+  }
+}
+
+// ---- the consumers
+
+// A warp's part in freeing a stage: all its reads are done once it has waited for the wgmma.
+template <class Config>
+__device__ __forceinline__ void free_stage(const GemmShared<Config>& shared, int stage) {
+  if (threadIdx.x % kWarpSize == 0) arrive(shared.empty() + stage);
+}
+
+// Issues the products of one stage.
+template <class Config>
+__device__ __forceinline__ void multiply_stage(const GemmShared<Config>& shared, int consumer, int stage,
+                                               bool accumulate, float (&sums)[Config::kSums]) {
+  const uint64_t a =
+      matrix_descriptor(shared.a(stage) + consumer * kRowsPerConsumer * kSwizzleBytes, 0, kSwizzleRepeat);
+  // An MN-major tile of B is kTileK rows high for each 64 columns.
+  const uint64_t b =
+      matrix_descriptor(shared.b(stage), Config::kTransposedB ? Config::kTileK * kSwizzleBytes : 0, kSwizzleRepeat);
+  constexpr int kStepB =
+      Config::kTransposedB ? kWgmmaDepthBytes / Config::Operands::kBytes * kSwizzleBytes : kWgmmaDepthBytes;
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kSwizzleBytes / kWgmmaDepthBytes; ++i) {
+    const uint64_t step_a = a + descriptor_step(i * kWgmmaDepthBytes), step_b = b + descriptor_step(i * kStepB);
+    if constexpr (Config::kScaled) {
+      wgmma_e4m3(sums, step_a, step_b, accumulate || i > 0);
+    } else {
+      wgmma_bf16<false, Config::kTransposedB>(sums, step_a, step_b, accumulate || i > 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// One wgmma group stays in flight while the next stage is waited for.
+template <class Config>
+__device__ __forceinline__ void multiply_tile(const GemmShared<Config>& shared, const GemmParams& p, int consumer,
+                                              Ring<Config::kStages>& ring, float (&sums)[Config::kSums]) {
+  int previous = 0;
+#pragma unroll 1
+  for (int k = 0; k < p.depth_tiles; ++k) {
+    wait_for_phase(shared.full() + ring.stage, ring.parity);
+    multiply_stage<Config>(shared, consumer, ring.stage, k > 0, sums);
+    wgmma_wait<1>();
+    if (k > 0) free_stage(shared, previous);
+    previous = ring.stage;
+    ring.advance();
+  }
+  wgmma_wait<0>();
+  free_stage(shared, previous);
+}
+
+// The first row of the tile's fragment that this thread has; it also has the row 8 below. Its columns are
+// 8 j + first_column() and the next, for j = 0, 1, ...
+__device__ __forceinline__ int first_row() {
+  const int thread = int(threadIdx.x) % kWarpgroupSize;
+  return thread / kWarpSize * 16 + thread % kWarpSize / 4;
+}
+__device__ __forceinline__ int first_column() { return int(threadIdx.x) % 4 * 2; }
+
+// Products of 128 elements of K are scaled and added up in `sums`: the tensor cores sum with fewer bits than f32.
+template <class Config>
+__device__ __forceinline__ void multiply_scaled_tile(const GemmShared<Config>& shared, const GemmParams& p,
+                                                     const Tile& tile, int consumer, Ring<Config::kStages>& ring,
+                                                     float (&sums)[Config::kSums]) {
+  constexpr int kBlocks = Config::kTileN <= kScaleBlock ? 1 : Config::kTileN / (kScaleBlock / 2);
+  constexpr int kSumsPerBlock = Config::kSums / kBlocks;
+  const int row = tile.row + consumer * kRowsPerConsumer + first_row(), last_row = p.rows - 1;
+  const float* scales_above = p.a_scales + int64_t(min(row, last_row)) * p.depth_tiles;
+  const float* scales_below = p.a_scales + int64_t(min(row + 8, last_row)) * p.depth_tiles;
+  const int scale_rows = (p.columns + kScaleBlock - 1) / kScaleBlock;
+  const float* scales_b[kBlocks];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    const int block = min((tile.column + i * (Config::kTileN / kBlocks)) / kScaleBlock, scale_rows - 1);
+    scales_b[i] = p.b_scales + (int64_t(tile.expert) * scale_rows + block) * p.depth_tiles;
+  }
+#pragma unroll
+  for (int i = 0; i < Config::kSums; ++i) sums[i] = 0;
+  float products[Config::kSums];
+#pragma unroll 1
+  for (int k = 0; k < p.depth_tiles; ++k) {
+    const float above = __ldg(scales_above + k), below = __ldg(scales_below + k);
+    float scale_b[kBlocks];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) scale_b[i] = __ldg(scales_b[i] + k);
+    wait_for_phase(shared.full() + ring.stage, ring.parity);
+    multiply_stage<Config>(shared, consumer, ring.stage, false, products);
+    wgmma_wait<0>();
+    free_stage(shared, ring.stage);
+    ring.advance();
+#pragma unroll
+    for (int i = 0; i < Config::kSums; ++i) {
+      const float scale = (i / 2 % 2 ? below : above) * scale_b[i / kSumsPerBlock];
+      sums[i] = fma(products[i], scale, sums[i]);
+    }
+  }
+}
+
+// ---- the result
+
+// Registers to a chunk of 128-byte rows in shared memory: 64 columns of bf16, or 32 of f32, from `first` on.
+template <bool kF32, int kSums>
+__device__ __forceinline__ void write_chunk(uint8_t* chunk, const float (&sums)[kSums], int first) {
+  if constexpr (kF32) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* from = sums + first / 2 + 4 * j;
+      const int unit = 2 * j + first_column() / 4, within = first_column() % 4;
+      auto* above = reinterpret_cast<float2*>(swizzled_unit(chunk, first_row(), unit)) + within / 2;
+      auto* below = reinterpret_cast<float2*>(swizzled_unit(chunk, first_row() + 8, unit)) + within / 2;
+      *above = make_float2(from[0], from[1]);
+      *below = make_float2(from[2], from[3]);
+    }
+  } else {
+    const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) % kWarpgroupSize / kWarpSize;
+    const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float* from = sums + first / 2 + 8 * j;
+      store_matrices(swizzled_unit(chunk, row, 2 * j + lane / 16), to_bf16_pair(from[0], from[1]),
+                     to_bf16_pair(from[2], from[3]), to_bf16_pair(from[4], from[5]), to_bf16_pair(from[6], from[7]));
+    }
+  }
+}
+
+// A tile whose rows all belong to the expert, or end with the result: bulk stores leave out what lies outside it.
+template <bool kF32, class Config>
+__device__ __forceinline__ void store_whole(const GemmShared<Config>& shared, const CUtensorMap* map_out,
+                                            const GemmParams& p, const Tile& tile, int consumer, int& buffer,
+                                            const float (&sums)[Config::kSums]) {
+  constexpr int kColumns = kSwizzleBytes / (kF32 ? 4 : 2);
+  const bool leads = threadIdx.x % kWarpgroupSize == 0;
+  const int row = tile.row + consumer * kRowsPerConsumer;
+#pragma unroll
+  for (int first = 0; first < Config::kTileN; first += kColumns) {
+    if (tile.column + first >= p.columns || row >= p.rows) break;
+    uint8_t* chunk = shared.chunks(consumer) + buffer * kChunkBytes;
+    if (leads) wait_for_stores_to_read<kChunkBuffers - 1>();
+    named_barrier(1 + consumer, kWarpgroupSize);
+    write_chunk<kF32>(chunk, sums, first);
+    fence_async_proxy();
+    named_barrier(1 + consumer, kWarpgroupSize);
+    if (leads) {
+      store_tile(map_out, chunk, tile.column + first, row);
+      commit_stores();
+    }
+    buffer = (buffer + 1) % kChunkBuffers;
+  }
+}
+
+__device__ __forceinline__ void store_pair(float* to, float low, float high) {
+  *reinterpret_cast<float2*>(to) = make_float2(low, high);
+}
+__device__ __forceinline__ void store_pair(Bf16* to, float low, float high) {
+  *reinterpret_cast<uint32_t*>(to) = to_bf16_pair(low, high);
+}
+
+// A tile that ends within its expert's last rows: the rows behind them are another expert's.
+template <class Element, class Config>
+__device__ __forceinline__ void store_ragged(const GemmParams& p, const Tile& tile, int consumer,
+                                             const float (&sums)[Config::kSums]) {
+  const int top = tile.row + consumer * kRowsPerConsumer + first_row(), left = tile.column + first_column();
+  const bool in_pairs = p.columns % 2 == 0;
+#pragma unroll
+  for (int i = 0; i < Config::kSums; i += 2) {
+    const int row = top + i / 2 % 2 * 8, column = left + i / 4 * 8;
+    if (row >= tile.end_of_expert || column >= p.columns) continue;
+    Element* to = static_cast<Element*>(p.out) + int64_t(row) * p.columns + column;
+    if (in_pairs) {
+      store_pair(to, sums[i], sums[i + 1]);
+    } else {
+      store_one(to, sums[i]);
+      if (column + 1 < p.columns) store_one(to + 1, sums[i + 1]);
+    }
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void consume(const GemmShared<Config>& shared, const CUtensorMap* map_out,
+                                        const GemmParams& p, int consumer) {
+  TileWalk walk(p, Config::kTileN);
+  Ring<Config::kStages> ring;
+  Tile tile;
+  int buffer = 0;
+  while (walk.next(tile)) {
+    float sums[Config::kSums];
+    if constexpr (Config::kScaled) {
+      multiply_scaled_tile<Config>(shared, p, tile, consumer, ring, sums);
+    } else {
+      multiply_tile<Config>(shared, p, consumer, ring, sums);
+    }
+    const bool whole = tile.row + kTileM <= tile.end_of_expert || tile.end_of_expert == p.rows;
+    if (whole && p.whole_tiles_by_bulk_store) {
+      if (p.out_is_f32) {
+        store_whole<true>(shared, map_out, p, tile, consumer, buffer, sums);
+      } else {
+        store_whole<false>(shared, map_out, p, tile, consumer, buffer, sums);
+      }
+    } else if (p.out_is_f32) {
+      store_ragged<float, Config>(p, tile, consumer, sums);
+    } else {
+      store_ragged<Bf16, Config>(p, tile, consumer, sums);
+    }
+  }
+  if (threadIdx.x % kWarpgroupSize == 0) wait_for_stores_to_read<0>();
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    gemm_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                const __grid_constant__ CUtensorMap map_out, const __grid_constant__ GemmParams p) {
+  const GemmShared<Config> shared{aligned_shared_memory()};
+  if (threadIdx.x == 0) {
+    prefetch_map(&map_a);
+    prefetch_map(&map_b);
+    if (p.whole_tiles_by_bulk_store) prefetch_map(&map_out);
+    for (int i = 0; i < Config::kStages; ++i) {
+      init_mbarrier(shared.full() + i, 1);
+      init_mbarrier(shared.empty() + i, kConsumerWarps);
+    }
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int warpgroup = int(threadIdx.x) / kWarpgroupSize;
+  if (warpgroup == kConsumers) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x / kWarpSize == kConsumerWarps && elect_one()) produce(shared, &map_a, &map_b, p);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume(shared, &map_out, p, warpgroup);
+  }
+}
+
+}  // namespace k25::cuda

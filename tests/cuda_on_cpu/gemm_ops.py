@@ -1,0 +1,137 @@
+"""Calls the executor's matrix products, and what they must give, in float64."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from k25sys.ops import native
+from tests.cuda_on_cpu.ptx_kernels import aligned
+from tests.ops.generators import relative_error
+
+SCALE_BLOCK = 128
+# Executor, lazy, order, seed.
+RUNS = (
+    ("source", False, "in_order", 0),
+    ("source", True, "random", 1),
+    ("ptx", False, "random", 2),
+    ("ptx", True, "in_order", 0),
+    ("ptx", True, "reverse", 0),
+    ("ptx", True, "random", 3),
+)
+TOLERANCES = {torch.bfloat16: 2e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmCase:
+    """`rows_per_expert` empty: no offsets. `skipped_rows` lie before the first expert, and as many behind the last.
+
+    `width` is the tile that the host must choose, 0 for any.
+    """
+
+    columns: int
+    depth: int
+    rows: int = 0
+    rows_per_expert: tuple[int, ...] = ()
+    skipped_rows: int = 0
+    fp8: bool = False
+    b_is_transposed: bool = False
+    out_dtype: torch.dtype = torch.bfloat16
+    width: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows or sum(self.rows_per_expert) + 2 * self.skipped_rows
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rows_per_expert) or 1
+
+    @property
+    def offsets(self) -> list[int]:
+        """Of the experts' rows."""
+        if not self.rows_per_expert:
+            return [0, self.rows]
+        starts = [self.skipped_rows]
+        for count in self.rows_per_expert:
+            starts.append(starts[-1] + count)
+        return starts
+
+
+@dataclass(frozen=True)
+class Operands:
+    a: Tensor  # (M, K)
+    b: Tensor  # (E, N, K), or (E, K, N)
+    a_scales: Tensor | None
+    b_scales: Tensor | None
+
+
+def blocks(size: int) -> int:
+    """Scales along a dimension."""
+    return -(-size // SCALE_BLOCK)
+
+
+def operands_of(case: GemmCase) -> Operands:
+    """Normally distributed; scales of FP8 lie between 1/4 and 4."""
+    generator = torch.Generator().manual_seed(case.columns + 7 * case.depth)
+    experts, columns, depth = case.num_experts, case.columns, case.depth
+    a = torch.randn(case.num_rows, depth, generator=generator)
+    b = torch.randn(experts, *((depth, columns) if case.b_is_transposed else (columns, depth)), generator=generator)
+    if not case.fp8:
+        return Operands(a.bfloat16(), b.bfloat16(), None, None)
+    a_scales = torch.exp2(4 * torch.rand(case.num_rows, blocks(depth), generator=generator) - 2)
+    b_scales = torch.exp2(4 * torch.rand(experts, blocks(columns), blocks(depth), generator=generator) - 2)
+    return Operands(a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), a_scales, b_scales)
+
+
+def exact(case: GemmCase, t: Operands) -> Tensor:
+    """The result in float64; NaN in rows of no expert."""
+    a, b = t.a.double(), t.b.double()
+    if case.b_is_transposed:
+        b = b.transpose(1, 2)
+    if t.a_scales is not None and t.b_scales is not None:
+        a = a * t.a_scales.double().repeat_interleave(SCALE_BLOCK, 1)[:, : case.depth]
+        spread = t.b_scales.double().repeat_interleave(SCALE_BLOCK, 1).repeat_interleave(SCALE_BLOCK, 2)
+        b = b * spread[:, : case.columns, : case.depth]
+    out = torch.full((case.num_rows, case.columns), float("nan"), dtype=torch.float64)
+    for expert, (start, end) in enumerate(zip(case.offsets, case.offsets[1:], strict=False)):
+        out[start:end] = a[start:end] @ b[expert].T
+    return out
+
+
+def run_gemm(
+    module: ModuleType, case: GemmCase, t: Operands, executor: str, lazy: bool, order: str, seed: int = 0
+) -> Tensor:
+    """The kernel's result in an output that held NaN."""
+    module.set_options(order, seed, executor, lazy)
+    module.clear_buffers()
+    inputs = {"a": t.a, "b": t.b, "a_scales": t.a_scales, "b_scales": t.b_scales}
+    if case.rows_per_expert:
+        inputs["offsets"] = torch.tensor(case.offsets, dtype=torch.int32)
+    placed = {name: aligned(value) for name, value in inputs.items() if value is not None}
+    for name, value in placed.items():
+        module.register_buffer(name, value.data_ptr(), value.nbytes, False)
+    out = aligned(torch.full((case.num_rows, case.columns), float("nan"), dtype=case.out_dtype))
+    module.register_buffer("out", out.data_ptr(), out.nbytes, True)
+    at = {name: placed[name].data_ptr() if name in placed else 0 for name in (*inputs, "offsets")}
+    sizes = [case.num_rows, case.columns, case.depth, case.num_experts]
+    dtype = native.DTYPE_CODES[case.out_dtype]
+    if case.fp8:
+        pointers = [at["a"], at["b"], at["a_scales"], at["b_scales"], at["offsets"], out.data_ptr()]
+        module.gemm_fp8(*pointers, *sizes, dtype, 0)
+    else:
+        pointers = [at["a"], at["b"], at["offsets"], out.data_ptr()]
+        module.gemm_bf16(*pointers, *sizes, case.b_is_transposed, dtype, 0)
+    return out
+
+
+def wrong(case: GemmCase, ours: Tensor, expected: Tensor) -> str:
+    """What differs from the exact result, "" if nothing."""
+    written = ~expected.isnan()
+    if not torch.equal(ours.isnan(), ~written):
+        return "NaN where there is a result, or a row of no expert was written"
+    if not written.any():
+        return ""
+    error = relative_error(ours[written], expected[written])
+    return "" if error <= TOLERANCES[case.out_dtype] else f"relative error {error}"

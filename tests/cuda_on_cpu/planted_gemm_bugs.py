@@ -1,0 +1,209 @@
+"""Bugs in the matrix products that the executor must catch."""
+
+from dataclasses import dataclass
+
+from tests.cuda_on_cpu.planted_bugs import PlantedBug
+
+KERNELS, WRAPPERS = "gemm/kernels.cuh", "common/hopper.cuh"
+LOAD_RACE = "race at byte .*a bulk copy to shared memory"
+
+BF16, TRANSPOSED, FP8 = 0, 1, 2  # kinds of small_gemm.cu
+MULTIPLY = "    multiply_stage<Config>(shared, consumer, ring.stage, k > 0, sums);"
+WAIT = "    wait_for_phase(shared.full() + ring.stage, ring.parity);\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlantedGemmBug(PlantedBug):
+    """`kind` is the kernel that shows it."""
+
+    kind: int = BF16
+
+
+PLANTED_GEMM_BUGS = (
+    PlantedGemmBug(
+        name="descriptor with 64-byte swizzle",
+        file=WRAPPERS,
+        old="kSwizzle128 = 1ull << 62",
+        new="kSwizzle128 = 2ull << 62",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="stride of 4 rows in the descriptor",
+        file=WRAPPERS,
+        old="uint64_t(stride >> 4) << 32",
+        new="uint64_t(stride >> 5) << 32",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="half a step along K",
+        file=KERNELS,
+        old="a + descriptor_step(i * kWgmmaDepthBytes)",
+        new="a + descriptor_step(i * kWgmmaDepthBytes / 2)",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="MN-major tile with the stride of a K-major one",
+        kind=TRANSPOSED,
+        file=KERNELS,
+        old="Config::kTransposedB ? Config::kTileK * kSwizzleBytes : 0",
+        new="Config::kTransposedB ? kSwizzleRepeat : 0",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="no wait for the loads",
+        file=KERNELS,
+        old=WAIT + MULTIPLY,
+        new=MULTIPLY,
+        caught_as=LOAD_RACE,
+    ),
+    PlantedGemmBug(
+        name="loads waited for by the wrong phase",
+        file=KERNELS,
+        old=WAIT + MULTIPLY,
+        new=WAIT.replace("ring.parity", "ring.parity ^ 1") + MULTIPLY,
+        caught_as=LOAD_RACE,
+    ),
+    PlantedGemmBug(
+        name="free stages waited for by the wrong phase",
+        file=KERNELS,
+        old="ring.parity ^ 1);\n      load_stage",
+        new="ring.parity);\n      load_stage",
+        caught_as="deadlock.*mbarrier.try_wait",
+    ),
+    PlantedGemmBug(
+        name="sums read before their wgmma is waited for",
+        kind=FP8,
+        file=KERNELS,
+        old="    wgmma_wait<0>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
+        new="    wgmma_wait<1>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="stage freed while its wgmma is in flight",
+        file=KERNELS,
+        old="if (k > 0) free_stage(shared, previous);\n    previous = ring.stage;",
+        new="previous = ring.stage;\n    if (k > 0) free_stage(shared, previous);",
+        caught_as="race at byte .* read by wgmma .* written by a bulk copy|deadlock",
+    ),
+    PlantedGemmBug(
+        name="stage not freed",
+        file=KERNELS,
+        old="    if (k > 0) free_stage(shared, previous);\n",
+        new="",
+        caught_as="deadlock.*lacks .* arrivals",
+    ),
+    PlantedGemmBug(
+        name="stage freed by one warp of eight",
+        file=KERNELS,
+        old="init_mbarrier(shared.empty() + i, kConsumerWarps)",
+        new="init_mbarrier(shared.empty() + i, 1)",
+        caught_as="race at byte .* read by wgmma .* written by a bulk copy|deadlock",
+    ),
+    PlantedGemmBug(
+        name="stage freed by one consumer of two",
+        file=KERNELS,
+        old="init_mbarrier(shared.empty() + i, kConsumerWarps)",
+        new="init_mbarrier(shared.empty() + i, kConsumerWarps / kConsumers)",
+        caught_as="race at byte .* read by wgmma .* written by a bulk copy",
+    ),
+    PlantedGemmBug(
+        name="expects the bytes of A alone",
+        file=KERNELS,
+        old="arrive_expecting(full, Config::kStageBytes)",
+        new="arrive_expecting(full, Config::kBytesA)",
+        caught_as="completes in phase 1, and was issued in phase 0|" + LOAD_RACE,
+    ),
+    PlantedGemmBug(
+        name="no wgmma.fence",
+        file=KERNELS,
+        old="  wgmma_fence();\n",
+        new="",
+        caught_as="before any wgmma.fence",
+    ),
+    PlantedGemmBug(
+        name="no fence of the mbarriers",
+        file=KERNELS,
+        old="    fence_mbarrier_init();\n",
+        new="",
+        caught_as="without a fence.mbarrier_init",
+    ),
+    PlantedGemmBug(
+        name="no fence.proxy.async before the bulk store",
+        file=KERNELS,
+        old="    fence_async_proxy();\n",
+        new="",
+        caught_as="without a fence.proxy.async",
+    ),
+    PlantedGemmBug(
+        name="no barrier before the bulk store",
+        file=KERNELS,
+        old="    fence_async_proxy();\n    named_barrier(1 + consumer, kWarpgroupSize);\n",
+        new="    fence_async_proxy();\n",
+        caught_as="race at byte .*a bulk store from shared memory",
+    ),
+    PlantedGemmBug(
+        name="chunk written while a bulk store reads it",
+        file=KERNELS,
+        old="    if (leads) wait_for_stores_to_read<kChunkBuffers - 1>();\n",
+        new="",
+        caught_as="race at byte .* read by a bulk store from shared memory",
+    ),
+    PlantedGemmBug(
+        name="end without a wait for the bulk stores",
+        file=KERNELS,
+        old="  if (threadIdx.x % kWarpgroupSize == 0) wait_for_stores_to_read<0>();\n",
+        new="",
+        caught_as="ended while bulk stores may still read shared memory",
+    ),
+    PlantedGemmBug(
+        name="bulk store over the next expert's rows",
+        file=KERNELS,
+        old="const bool whole = tile.row + kTileM <= tile.end_of_expert || tile.end_of_expert == p.rows;",
+        new="const bool whole = true;",
+        caught_as="race at byte .* of out|^[^r]",
+    ),
+    PlantedGemmBug(
+        name="no tile for an expert's last rows",
+        file=KERNELS,
+        old="count_ = (end_ - begin_ + kTileM - 1) / kTileM * column_tiles_;",
+        new="count_ = (end_ - begin_) / kTileM * column_tiles_;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="one row too many",
+        file=KERNELS,
+        old="if (row >= tile.end_of_expert || column >= p.columns) continue;",
+        new="if (row > tile.end_of_expert || column >= p.columns) continue;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="every expert multiplied by the first one's matrix",
+        file=KERNELS,
+        old="tile.expert * p.columns + tile.column",
+        new="tile.column",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="scales of the tile's first columns for all of them",
+        kind=FP8,
+        file=KERNELS,
+        old="min((tile.column + i * (Config::kTileN / kBlocks)) / kScaleBlock, scale_rows - 1)",
+        new="min(tile.column / kScaleBlock, scale_rows - 1)",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="scales of the row above for the row below",
+        kind=FP8,
+        file=KERNELS,
+        old="(i / 2 % 2 ? below : above)",
+        new="above",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="more registers than an SM has",
+        file=KERNELS,
+        old="kConsumerRegisters = 232",
+        new="kConsumerRegisters = 240",
+        caught_as="take 66560 registers",
+    ),
+)

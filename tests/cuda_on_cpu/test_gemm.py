@@ -1,0 +1,107 @@
+"""The matrix products on the CPU: translated PTX and source, copies and wgmma at once and as late as allowed."""
+
+import re
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.cuda_on_cpu import build
+from tests.cuda_on_cpu.gemm_ops import RUNS, GemmCase, exact, operands_of, run_gemm, wrong
+from tests.ops.generators import first_difference
+
+pytestmark = pytest.mark.timeout(300)
+
+PLAIN = (
+    GemmCase(rows=128, columns=64, depth=64, width=64),
+    GemmCase(rows=200, columns=264, depth=320, width=128),
+    GemmCase(rows=1, columns=8, depth=8),
+    GemmCase(rows=77, columns=61, depth=72, out_dtype=torch.float32),  # no row of the result is aligned
+    GemmCase(rows=300, columns=520, depth=136, out_dtype=torch.float32),
+    GemmCase(rows=120, columns=504, depth=456, width=256),  # more tiles of K than stages
+    GemmCase(rows=2300, columns=40, depth=16),  # more row tiles than are walked together
+)
+GROUPED = (
+    GemmCase(rows_per_expert=(5, 0, 128, 0, 200, 1), columns=136, depth=200),
+    GemmCase(rows_per_expert=(129, 128, 3), skipped_rows=4, columns=264, depth=64, out_dtype=torch.float32),
+    GemmCase(rows_per_expert=(0, 0, 0), skipped_rows=3, columns=64, depth=64),
+)
+TRANSPOSED = (
+    GemmCase(rows=200, columns=264, depth=320, b_is_transposed=True, width=128),
+    GemmCase(rows=128, columns=504, depth=72, b_is_transposed=True, width=256, out_dtype=torch.float32),
+    GemmCase(rows_per_expert=(70, 0, 130), columns=40, depth=88, b_is_transposed=True, width=64),
+)
+FP8 = (
+    GemmCase(fp8=True, rows=128, columns=64, depth=128, width=64),
+    GemmCase(fp8=True, rows=200, columns=260, depth=400, width=128),
+    GemmCase(fp8=True, rows=128, columns=576, depth=272, out_dtype=torch.float32, width=192),
+    GemmCase(fp8=True, rows=77, columns=61, depth=16, out_dtype=torch.float32),
+    GemmCase(fp8=True, rows_per_expert=(5, 0, 128, 0, 200, 1), columns=200, depth=144),
+    GemmCase(fp8=True, rows_per_expert=(129, 40), skipped_rows=4, columns=456, depth=640, out_dtype=torch.float32),
+)
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    return build.gemm_module()
+
+
+@pytest.mark.parametrize("case", [*PLAIN, *GROUPED, *TRANSPOSED, *FP8], ids=str)
+def test_gemm(module: ModuleType, case: GemmCase) -> None:
+    """Against float64, and bit for bit the same in every order, eager and lazy, PTX and source."""
+    operands = operands_of(case)
+    expected = exact(case, operands)
+    results = []
+    for run in RUNS:
+        results.append(run_gemm(module, case, operands, *run))
+        assert wrong(case, results[-1], expected) == "", run
+        if case.width:
+            assert re.search(rf"Operands(, |ELi){case.width}\D", module.last_kernel())
+    for other in results[1:]:
+        assert first_difference(results[0].nan_to_num(7.0), other.nan_to_num(7.0)) == ""
+
+
+def test_nan_of_one_expert_stays_there(module: ModuleType) -> None:
+    """Tiles of A, B and K reach into the next expert's operands; zeros times its NaN would be NaN."""
+    for b_is_transposed in (False, True):
+        case = GemmCase(rows_per_expert=(40, 40), columns=72, depth=40, b_is_transposed=b_is_transposed)
+        operands = operands_of(case)
+        operands.b[1] = float("nan")
+        result = run_gemm(module, case, operands, "ptx", True, "random")
+        expected = exact(case, operands)
+        assert wrong(replace(case, rows_per_expert=(40,)), result[:40], expected[:40]) == ""
+
+
+@pytest.mark.parametrize("offsets", [(0, 50, 40), (0, 40, 141), (-1, 40, 60)])
+def test_bad_offsets_trap(module: ModuleType, offsets: tuple[int, ...]) -> None:
+    class Bad(GemmCase):
+        @property
+        def offsets(self) -> list[int]:
+            return list(offsets)
+
+    case = Bad(rows_per_expert=(70, 70), columns=64, depth=64)
+    with pytest.raises(RuntimeError, match="trap"):
+        run_gemm(module, case, operands_of(case), "ptx", False, "in_order")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (GemmCase(rows=8, columns=8, depth=12), "gemm_bf16: depth is 12; it must be .* a multiple of 8"),
+        (GemmCase(rows=8, columns=8, depth=24, fp8=True), "gemm_fp8: depth is 24; .* a multiple of 16"),
+        (GemmCase(rows=8, columns=12, depth=8, b_is_transposed=True), "columns of a transposed b is 12"),
+        (GemmCase(rows=8, columns=8, depth=0), "depth is 0"),
+        (GemmCase(rows=8, columns=8, depth=8, out_dtype=torch.float64), "the result is bf16 or f32"),
+    ],
+)
+def test_sizes_that_are_refused(module: ModuleType, case: GemmCase, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_gemm(module, case, operands_of(case), "ptx", False, "in_order")
+
+
+def test_a_misaligned_operand_is_refused(module: ModuleType) -> None:
+    space = torch.zeros(4096, dtype=torch.bfloat16)
+    address = space.data_ptr() // 16 * 16 + 16
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        module.gemm_bf16(address + 2, address, 0, address, 8, 8, 8, 1, False, 1, 0)
