@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "dispatch/api.h"
+#include "fp8_quantize/api.h"
 #include "plan_dispatch/api.h"
 #include "policy_loss/api.h"
 #include "pool_temporal_patches/api.h"
@@ -41,6 +42,8 @@ struct OpTable {
   void (*logit_stats)(const LogitStats&, Where);
   void (*logit_grad)(const LogitGrad&, Where);
   void (*loss_rows)(const LossRows&, Where);
+  void (*quantize_fp8)(const QuantizeFp8&, Where);
+  void (*dequantize_fp8)(const DequantizeFp8&, Where);
   void (*pool_temporal_patches)(const PoolTemporalPatches&, Where);
   void (*pool_temporal_patches_backward)(const PoolTemporalPatchesBackward&, Where);
 };
@@ -191,6 +194,30 @@ void bind_losses(py::module_& module, const OpTable<Where>& ops) {
 }
 
 template <class Where>
+void bind_fp8(py::module_& module, const OpTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "quantize_fp8",
+      [run = ops.quantize_fp8](Address x, Address values, Address scales, Address values_transposed,
+                               Address scales_transposed, int64_t batch, int64_t rows, int64_t cols, bool square,
+                               bool power_of_two, int dtype, W where) {
+        run({at<void>(x), at<uint8_t>(values), at<float>(scales), at<uint8_t>(values_transposed),
+             at<float>(scales_transposed), batch, rows, cols, square, power_of_two, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "dequantize_fp8",
+      [run = ops.dequantize_fp8](Address values, Address scales, Address out, int64_t batch, int64_t rows, int64_t cols,
+                                 bool square, int dtype, W where) {
+        run({at<uint8_t>(values), at<float>(scales), at<void>(out), batch, rows, cols, square, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
+template <class Where>
 void bind_patches(py::module_& module, const OpTable<Where>& ops) {
   using release = py::call_guard<py::gil_scoped_release>;
   using W = WhereArgument<Where>;
@@ -221,6 +248,7 @@ void bind_ops(py::module_& module, const OpTable<Where>& ops) {
   bind_routing(module, ops);
   bind_rows(module, ops);
   bind_losses(module, ops);
+  bind_fp8(module, ops);
   bind_patches(module, ops);
 }
 

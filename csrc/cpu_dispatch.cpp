@@ -281,6 +281,24 @@ void combine_backward(const CombineBackward& p, int num_threads) {
 void swiglu(const Swiglu& p, int num_threads) { K25_RUN(swiglu, p, num_threads); }
 void swiglu_backward(const SwigluBackward& p, int num_threads) { K25_RUN(swiglu_backward, p, num_threads); }
 
+void quantize_fp8(const QuantizeFp8& p, int num_threads) { K25_RUN(quantize_fp8, p, num_threads); }
+void dequantize_fp8(const DequantizeFp8& p, int num_threads) { K25_RUN(dequantize_fp8, p, num_threads); }
+
+void fp8_gemm(const Fp8Gemm& p, int num_threads) {
+  const bool reduces = p.grouping == Fp8Grouping::reduction;
+  const int64_t end = reduces ? p.k : p.m;
+  for (int64_t g = 0; g <= p.num_groups; ++g) {
+    const int64_t offset = p.offsets[g], least = g == 0 ? 0 : p.offsets[g - 1];
+    const bool aligned = !reduces || g == p.num_groups || offset % kFp8Tile == 0;
+    const bool fits = g == 0 ? offset == 0 : g == p.num_groups ? offset == end : offset <= end;
+    if (offset >= least && fits && aligned) continue;
+    throw std::out_of_range("fp8_gemm: offsets[" + std::to_string(g) + "]: got " + std::to_string(offset) +
+                            ", accepted numbers that rise from 0 to " + std::to_string(end) +
+                            (reduces ? ", multiples of 128 but for the last" : ""));
+  }
+  K25_RUN(fp8_gemm, p, num_threads);
+}
+
 void token_losses(const TokenLosses& p, int num_threads) {
   check_loss_tokens("token_losses", p.tokens, p.logprobs, p.num_tokens, p.dtype);
   K25_RUN(token_losses, p, num_threads);

@@ -2,6 +2,13 @@
 #pragma once
 #include <cstdint>
 
+// What both the CPU and device code call.
+#if defined(__CUDACC__)
+#define K25_EVERYWHERE __host__ __device__ __forceinline__
+#else
+#define K25_EVERYWHERE inline __attribute__((always_inline))
+#endif
+
 namespace k25 {
 
 // The numbers are part of the Python binding (k25sys/ops/native.py).

@@ -2,12 +2,6 @@
 #pragma once
 #include "policy_loss/api.h"
 
-#if defined(__CUDACC__)
-#define K25_EVERYWHERE __host__ __device__ __forceinline__
-#else
-#define K25_EVERYWHERE inline __attribute__((always_inline))
-#endif
-
 namespace k25 {
 
 template <class S>

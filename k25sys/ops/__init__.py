@@ -9,6 +9,14 @@ from k25sys.ops import backends
 from k25sys.ops.combine import combine, reference_combine
 from k25sys.ops.dispatch import dispatch, reference_dispatch
 from k25sys.ops.experts import expert_mlp, reference_expert_mlp
+from k25sys.ops.fp8_gemm import (
+    fp8_gemm,
+    fp8_grouped_gemm,
+    fp8_grouped_gemm_wgrad,
+    reference_fp8_gemm,
+    reference_fp8_grouped_gemm,
+    reference_fp8_grouped_gemm_wgrad,
+)
 from k25sys.ops.linear_loss import (
     linear_clipped_log_ratio_loss,
     linear_cross_entropy,
@@ -25,6 +33,12 @@ from k25sys.ops.policy_loss import (
     vocab_parallel_clipped_log_ratio_loss,
 )
 from k25sys.ops.pool_temporal_patches import pool_temporal_patches, reference_pool_temporal_patches
+from k25sys.ops.quantize_fp8 import (
+    dequantize_fp8,
+    quantize_fp8,
+    reference_dequantize_fp8,
+    reference_quantize_fp8,
+)
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
 from k25sys.ops.swiglu import reference_swiglu, swiglu
 
@@ -34,22 +48,32 @@ __all__ = [
     "backends",
     "clipped_log_ratio_loss",
     "combine",
+    "dequantize_fp8",
     "dispatch",
     "expert_mlp",
+    "fp8_gemm",
+    "fp8_grouped_gemm",
+    "fp8_grouped_gemm_wgrad",
     "linear_clipped_log_ratio_loss",
     "linear_cross_entropy",
     "peak_flops",
     "plan_dispatch",
     "pool_temporal_patches",
+    "quantize_fp8",
     "record_phases",
     "reference_clipped_log_ratio_loss",
     "reference_combine",
+    "reference_dequantize_fp8",
     "reference_dispatch",
     "reference_expert_mlp",
+    "reference_fp8_gemm",
+    "reference_fp8_grouped_gemm",
+    "reference_fp8_grouped_gemm_wgrad",
     "reference_linear_clipped_log_ratio_loss",
     "reference_linear_cross_entropy",
     "reference_plan_dispatch",
     "reference_pool_temporal_patches",
+    "reference_quantize_fp8",
     "reference_route_tokens",
     "reference_swiglu",
     "reference_vocab_parallel_clipped_log_ratio_loss",

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 RUNTIME = Path(__file__).resolve().parent / "runtime"
 # The gemm module is apart: it takes long to build.
-OPS = ("dispatch", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu")
+OPS = (
+    "dispatch", "fp8_quantize", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu",
+)  # fmt: skip
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]

@@ -75,6 +75,12 @@ CASES = [
     ("ex2.approx.ftz.f32 %d, %a", (f32(-149.0),), 0),
     ("ex2.approx.ftz.f32 %d, %a", (f32(3.0),), f32(8.0)),
     ("rcp.approx.ftz.f64 %D, %A", (0x4008000000000001,), 0x3FD5555500000000),  # 3 and a little
+    ("cvt.rn.satfinite.e4m3x2.f32 %h, %a, %b;\n cvt.u32.u16 %d, %h", (f32(1e9), f32(-0.0009765625)), 0x7E80),  # a tie
+    (
+        "cvt.rn.satfinite.e4m3x2.f32 %h, %a, %b;\n cvt.u32.u16 %d, %h",
+        (NAN, f32(17.0)),
+        0x7F58,
+    ),  # 17 lies between 16, 18
     ("rcp.approx.ftz.f64 %D, %A", (1,), 0x7FF0000000000000),
     ("setp.lt.s32 %p, %a, %b;\n selp.b32 %d, 1, 0, %p", (M1, 1), 1),
     ("setp.lt.u32 %p, %a, %b;\n selp.b32 %d, 1, 0, %p", (M1, 1), 0),
@@ -102,7 +108,7 @@ def kernel_of(index: int, instruction: str) -> str:
     parameters = ", ".join(f".param .b64 case_{index}_param_{i}" for i in range(4))
     return (
         f".visible .entry case_{index}({parameters})\n{{\n"
-        f" .reg .pred %p;\n .reg .b32 %a, %b, %c, %d;\n .reg .b64 %A, %B, %C, %D, %out;\n"
+        f".reg .pred %p;\n .reg .b16 %h;\n .reg .b32 %a, %b, %c, %d;\n .reg .b64 %A, %B, %C, %D, %out;\n"
         f" ld.param.u64 %out, [case_{index}_param_0];\n{moves}\n {instruction};\n{widen}"
         f" st.global.u64 [%out], %D;\n ret;\n}}\n"
     )

@@ -3,6 +3,7 @@
 #include "common/cpu_isa.h"
 #include "dispatch/api.h"
 #include "expert_mlp/api.h"
+#include "fp8_gemm/api.h"
 #include "linear_loss/api.h"
 #include "policy_loss/api.h"
 #include "pool_temporal_patches/api.h"
@@ -20,6 +21,9 @@
   void swiglu_backward(const SwigluBackward&, int);                             \
   void pool_temporal_patches(const PoolTemporalPatches&, int);                  \
   void pool_temporal_patches_backward(const PoolTemporalPatchesBackward&, int); \
+  void quantize_fp8(const QuantizeFp8&, int);                                   \
+  void dequantize_fp8(const DequantizeFp8&, int);                               \
+  void fp8_gemm(const Fp8Gemm&, int);                                           \
   void token_losses(const TokenLosses&, int);                                   \
   void logit_stats(const LogitStats&, int);                                     \
   void logit_grad(const LogitGrad&, int);                                       \

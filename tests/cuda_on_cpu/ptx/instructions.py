@@ -138,6 +138,12 @@ def _move(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(target, c.read(source, kind))
 
 
+@rule(r"cvt\.rn\.satfinite\.e4m3x2\.f32")
+def _to_e4m3_pair(c: Context, m: re.Match[str], operands: list[str]) -> str:
+    high, low = (c.read(operand, "f32") for operand in operands[1:])
+    return c.put(operands[0], f"e4m3_pair({low}, {high})")
+
+
 @rule(rf"setp\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs|equ|neu|ltu|leu|gtu|geu|num|nan)\.{_ANY}")
 def _compare(c: Context, m: re.Match[str], operands: list[str]) -> str:
     compare, kind = m[1], m[2]

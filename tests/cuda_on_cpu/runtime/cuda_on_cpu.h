@@ -55,6 +55,23 @@ inline uint16_t to_bf16(float value) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// cvt.rn.satfinite.e4m3x2.f32: by a search among all values, which shares nothing with the encoders that it checks.
+inline uint8_t to_e4m3(float value) {
+  if (value != value) return 0x7f;
+  const auto decoded = [](int code) {
+    return code < 8 ? std::ldexp(float(code), -9) : std::ldexp(float(8 + code % 8), code / 8 - 10);
+  };
+  const double size = std::abs(double(value));
+  int code = 0;
+  while (code < 0x7e) {
+    const double middle = (double(decoded(code)) + double(decoded(code + 1))) / 2;
+    if (size < middle || (size == middle && code % 2 == 0)) break;
+    ++code;
+  }
+  return uint8_t(code | (std::signbit(value) ? 0x80 : 0));
+}
+inline uint16_t e4m3_pair(float low, float high) { return uint16_t(to_e4m3(high) << 8 | to_e4m3(low)); }
+
 // `source_lane` in 0..31 of the lanes in `mask`; every lane hands in `value`.
 template <class T>
 T shuffle(const char* what, unsigned mask, T value, int source_lane) {
@@ -165,6 +182,7 @@ namespace k25::cuda {
 inline uint32_t to_bf16_pair(float low, float high) {
   return uint32_t(cuda_on_cpu::to_bf16(high)) << 16 | cuda_on_cpu::to_bf16(low);
 }
+inline uint32_t to_e4m3_pair(float low, float high) { return cuda_on_cpu::e4m3_pair(low, high); }
 inline void store_words(uint4* p, uint4 words) { *p = words; }
 inline void* shared_memory() { return cuda_on_cpu::shared_memory(); }
 // Few, so that a block of a persistent kernel has several tiles.

@@ -90,7 +90,8 @@ PYBIND11_MODULE(cuda_on_cpu_executor, module) {
   k25::bind_ops<k25::Stream>(
       module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
                cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward, cuda::token_losses, cuda::logit_stats,
-               cuda::logit_grad, cuda::loss_rows, cuda::pool_temporal_patches, cuda::pool_temporal_patches_backward});
+               cuda::logit_grad, cuda::loss_rows, cuda::quantize_fp8, cuda::dequantize_fp8, cuda::pool_temporal_patches,
+               cuda::pool_temporal_patches_backward});
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
 #endif
 #if defined(CUDA_ON_CPU_GEMM)

@@ -1,0 +1,41 @@
+// E4M3 (FN: no infinities, NaN is 0x7f and 0xff, largest 448) to and from f32.
+#pragma once
+#include "common/cpu/simd.h"
+
+namespace k25::cpu::K25_ISA {
+
+typedef uint8_t U8V __attribute__((vector_size(kLanes)));
+
+// Nearest, ties to even; what lies beyond 448 becomes 448, NaN and infinities NaN.
+K25_INLINE U8V encode_e4m3(F32V value) {
+  const U32V bits = (U32V)value;
+  const U32V sign = bits >> 24 & 0x80u, size = bits & 0x7fffffffu;
+  const U32V normal = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+  // Below 2^-6 codes are multiples of 2^-9: adding 2^14 rounds to them in the low bits.
+  const U32V subnormal = (U32V)((F32V)size + 16384.0f) - 0x46800000u;
+  U32V code = (U32V)(size < 0x3c800000u) ? subnormal : normal;
+  code = (U32V)(size > 0x43e00000u) ? U32V{} + 0x7eu : code;
+  code = (U32V)(size >= 0x7f800000u) ? U32V{} + 0x7fu : code;
+  return __builtin_convertvector(code | sign, U8V);
+}
+
+K25_INLINE F32V decode_e4m3(U8V codes) {
+  const U32V code = __builtin_convertvector(codes, U32V);
+  const U32V size = code & 0x7fu;
+  const U32V normal = (size << 20) + (120u << 23);
+  const U32V subnormal = (U32V)(__builtin_convertvector((I32V)size, F32V) * 0.001953125f);  // 2^-9
+  U32V bits = (U32V)(size < 8u) ? subnormal : normal;
+  bits = (U32V)(size == 0x7fu) ? U32V{} + 0x7fc00000u : bits;
+  return (F32V)(bits | (code & 0x80u) << 24);
+}
+
+K25_INLINE U8V load_codes(const uint8_t* from, int64_t count) {
+  U8V codes{};
+  std::memcpy(&codes, from, size_t(count < kLanes ? count : kLanes));
+  return codes;
+}
+K25_INLINE void store_codes(uint8_t* to, U8V codes, int64_t count) {
+  std::memcpy(to, &codes, size_t(count < kLanes ? count : kLanes));
+}
+
+}  // namespace k25::cpu::K25_ISA
