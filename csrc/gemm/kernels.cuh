@@ -223,6 +223,7 @@ __device__ __forceinline__ void multiply_stage(const GemmShared<Config>& shared,
   const uint64_t a =
       matrix_descriptor(shared.a(stage) + consumer * kRowsPerConsumer * kSwizzleBytes, 0, kSwizzleRepeat);
   const uint64_t b = matrix_descriptor(shared.b(stage), Config::kMnMajorB ? Config::kBoxBytes : 0, kSwizzleRepeat);
+  hold_accumulators(sums);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kSwizzleBytes / kWgmmaDepthBytes; ++i) {
@@ -276,6 +277,7 @@ __device__ __forceinline__ void multiply_tile(const GemmShared<Config>& shared, 
     ring.advance();
   }
   wgmma_wait<0>();
+  hold_accumulators(sums);
   if (num_steps > 0) free_stage(shared, previous);
 }
 
@@ -317,6 +319,7 @@ __device__ __forceinline__ void multiply_scaled_tile(const GemmShared<Config>& s
     wait_for_phase(shared.full() + ring.stage, ring.parity);
     multiply_stage<Config>(shared, consumer, ring.stage, false, products);
     wgmma_wait<0>();
+    hold_accumulators(products);
     free_stage(shared, ring.stage);
     ring.advance();
 #pragma unroll

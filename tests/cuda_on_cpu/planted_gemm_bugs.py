@@ -74,8 +74,8 @@ PLANTED_GEMM_BUGS = (
         name="sums read before their wgmma is waited for",
         kind=FP8,
         file=KERNELS,
-        old="    wgmma_wait<0>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
-        new="    wgmma_wait<1>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
+        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n",
+        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n",
         caught_as="",
     ),
     PlantedGemmBug(
