@@ -122,6 +122,12 @@ __device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b
 // ---- wgmma: sums (+)= A B^T for 64 rows of A, kCount * 2 rows of B and 32 bytes of K
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Keeps nvcc from moving other uses of accumulators across the wgmma instructions around it: those name no registers.
+template <int kCount>
+__device__ __forceinline__ void hold_accumulators(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {

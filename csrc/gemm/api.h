@@ -30,10 +30,22 @@ struct GemmFp8 {
   DType out_dtype;
 };
 
+// Weight gradients: out[e] = the sum over the rows m of expert e of a[m]^T b[m], in f32; zeros for an expert without
+// rows. Both widths are multiples of 8.
+struct GemmBf16WeightGrads {
+  const void* a;           // (M, N), the gradient of what a product with B (E, N, K) gave
+  const void* b;           // (M, K), what was multiplied
+  const int32_t* offsets;  // (E + 1), rising, or null
+  void* out;               // (E, N, K) bf16 or f32
+  int64_t rows, a_width, b_width, num_experts;
+  DType out_dtype;
+};
+
 namespace cuda {
 // Throw std::invalid_argument for sizes that they do not take: a row of each operand is a multiple of 16 bytes.
 void gemm_bf16(const GemmBf16&, Stream);
 void gemm_fp8(const GemmFp8&, Stream);
+void gemm_bf16_weight_grads(const GemmBf16WeightGrads&, Stream);
 }  // namespace cuda
 
 }  // namespace k25

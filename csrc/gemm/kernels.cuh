@@ -27,17 +27,25 @@ struct E4m3Operands {
   static constexpr int kBytes = 1;
 };
 
-// kTransposedB: B is (K, N) and its tiles are MN-major.
-template <class Operands_, int kTileN_, bool kTransposedB_>
+// What is multiplied. `rows`: rows of A by B, (N, K) for each expert. `transposed_b`: B is (K, N), its tiles are
+// MN-major. `weight_grads`: A is (K, M) and B (K, N), an expert's K are its rows of both, and the result has M rows for
+// each expert.
+enum class GemmKind { rows, transposed_b, weight_grads };
+
+template <class Operands_, int kTileN_, GemmKind kKind_ = GemmKind::rows>
 struct GemmConfig {
   using Operands = Operands_;
+  static constexpr GemmKind kKind = kKind_;
   static constexpr int kTileN = kTileN_;
-  static constexpr bool kTransposedB = kTransposedB_;
+  static constexpr bool kWeightGrads = kKind == GemmKind::weight_grads;
+  static constexpr bool kMnMajorA = kWeightGrads, kMnMajorB = kKind != GemmKind::rows;
   static constexpr bool kScaled = Operands::kBytes == 1;
   static constexpr int kTileK = kSwizzleBytes / Operands::kBytes;
   static constexpr int kSums = kTileN / 2;  // of a thread
   static constexpr int kBytesA = kTileM * kSwizzleBytes, kBytesB = kTileN * kSwizzleBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
+  // An MN-major tile is made of boxes: 64 rows or columns of the operand wide, and kTileK high.
+  static constexpr int kBoxWidth = kSwizzleBytes / Operands::kBytes, kBoxBytes = kTileK * kSwizzleBytes;
   static constexpr int kEpilogueBytes = kConsumers * kChunkBuffers * kChunkBytes;
   static constexpr int kStages = (kMaxSharedBytes - kEpilogueBytes - kBarrierBytes) / kStageBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kEpilogueBytes + kBarrierBytes;
@@ -49,23 +57,26 @@ struct GemmParams {
   const float* a_scales;
   const float* b_scales;
   void* out;
-  int rows, columns, num_experts;
-  int depth_tiles;  // of K
+  int rows, columns;  // of the result
+  int depth;          // K, or all rows of both operands of weight gradients
+  int num_experts;
   bool out_is_f32;
   bool whole_tiles_by_bulk_store;  // the result's rows are multiples of 16 bytes
 };
 
 struct Tile {
-  int expert, row, column;
-  int end_of_expert;  // row
+  int expert, row, column;     // of the result
+  int end_of_expert;           // row
+  int depth_start, depth_end;  // along K
 };
 
 // The tiles of one block in order: all blocks walk the same list, each takes every gridDim.x-th tile. A tile never
 // spans two experts. Within an expert, kRowTilesTogether row tiles go together over the columns.
+template <class Config>
 class TileWalk {
  public:
-  __device__ __forceinline__ explicit TileWalk(const GemmParams& p, int tile_n)
-      : p_(p), tile_n_(tile_n), column_tiles_((p.columns + tile_n - 1) / tile_n), next_(int(blockIdx.x)) {
+  __device__ __forceinline__ explicit TileWalk(const GemmParams& p)
+      : p_(p), column_tiles_((p.columns + Config::kTileN - 1) / Config::kTileN), next_(int(blockIdx.x)) {
     enter(0);
   }
 
@@ -81,26 +92,39 @@ class TileWalk {
     const int height = min(kRowTilesTogether, row_tiles - first_row_tile), within = index % together;
     tile.expert = expert_;
     tile.row = begin_ + (first_row_tile + within % height) * kTileM;
-    tile.column = within / height * tile_n_;
+    tile.column = within / height * Config::kTileN;
     tile.end_of_expert = end_;
+    tile.depth_start = depth_start_;
+    tile.depth_end = depth_end_;
     next_ += int(gridDim.x);
     return true;
   }
 
  private:
   __device__ __forceinline__ void enter(int expert) {
+    const int all = Config::kWeightGrads ? p_.depth : p_.rows;
+    const int first = p_.offsets ? __ldg(p_.offsets + expert) : 0;
+    const int end = p_.offsets ? __ldg(p_.offsets + expert + 1) : all;
+    require(0 <= first && first <= end && end <= all);
+    const int height = p_.rows / p_.num_experts;  // of one expert's weight gradients
     expert_ = expert;
-    begin_ = p_.offsets ? __ldg(p_.offsets + expert) : 0;
-    end_ = p_.offsets ? __ldg(p_.offsets + expert + 1) : p_.rows;
-    require(0 <= begin_ && begin_ <= end_ && end_ <= p_.rows);
+    begin_ = Config::kWeightGrads ? expert * height : first;
+    end_ = Config::kWeightGrads ? begin_ + height : end;
+    depth_start_ = Config::kWeightGrads ? first : 0;
+    depth_end_ = Config::kWeightGrads ? end : p_.depth;
     count_ = (end_ - begin_ + kTileM - 1) / kTileM * column_tiles_;
   }
 
   const GemmParams& p_;
-  int tile_n_, column_tiles_;
+  int column_tiles_;
   int next_, first_ = 0, count_;  // tiles of all experts: the next one, those before this expert, its own
-  int expert_, begin_, end_;
+  int expert_, begin_, end_, depth_start_, depth_end_;
 };
+
+template <class Config>
+__device__ __forceinline__ int depth_tiles(const Tile& tile) {
+  return (tile.depth_end - tile.depth_start + Config::kTileK - 1) / Config::kTileK;
+}
 
 // The stage that a role is at, and the parity of the phase that it waits for in `full`.
 template <int kStages>
@@ -128,34 +152,50 @@ struct GemmShared {
 
 // ---- the producer: one thread
 
+// Calls load(place in shared memory, first row or column) for each box of an MN-major tile.
+template <class Config, int kBoxes, class Load>
+__device__ __forceinline__ void load_boxes(uint8_t* to, Load load) {
+#pragma unroll
+  for (int i = 0; i < kBoxes; ++i) load(to + i * Config::kBoxBytes, i * Config::kBoxWidth);
+}
+
 template <class Config>
 __device__ __forceinline__ void load_stage(const GemmShared<Config>& shared, const CUtensorMap* map_a,
                                            const CUtensorMap* map_b, const GemmParams& p, const Tile& tile, int k,
                                            int stage) {
   uint64_t* full = shared.full() + stage;
+  const int depth = tile.depth_start + k * Config::kTileK;
   arrive_expecting(full, Config::kStageBytes);
-  load_tile(shared.a(stage), map_a, full, k * Config::kTileK, tile.row);
-  if constexpr (Config::kTransposedB) {
-    constexpr int kColumns = kSwizzleBytes / Config::Operands::kBytes;  // of one row in shared memory
-#pragma unroll
-    for (int i = 0; i < Config::kTileN / kColumns; ++i) {
-      load_tile(shared.b(stage) + i * Config::kTileK * kSwizzleBytes, map_b, full, tile.column + i * kColumns,
-                k * Config::kTileK, tile.expert);
-    }
+  if constexpr (Config::kWeightGrads) {
+    const int first = tile.row - tile.expert * (p.rows / p.num_experts);
+    load_boxes<Config, kTileM / Config::kBoxWidth>(
+        shared.a(stage), [&](uint8_t* to, int column) { load_tile(to, map_a, full, first + column, depth); });
   } else {
-    load_tile(shared.b(stage), map_b, full, k * Config::kTileK, tile.expert * p.columns + tile.column);
+    load_tile(shared.a(stage), map_a, full, depth, tile.row);
+  }
+  if constexpr (!Config::kMnMajorB) {
+    load_tile(shared.b(stage), map_b, full, depth, tile.expert * p.columns + tile.column);
+  } else {
+    load_boxes<Config, Config::kTileN / Config::kBoxWidth>(shared.b(stage), [&](uint8_t* to, int column) {
+      if constexpr (Config::kWeightGrads) {
+        load_tile(to, map_b, full, tile.column + column, depth);
+      } else {
+        load_tile(to, map_b, full, tile.column + column, depth, tile.expert);
+      }
+    });
   }
 }
 
 template <class Config>
 __device__ __forceinline__ void produce(const GemmShared<Config>& shared, const CUtensorMap* map_a,
                                         const CUtensorMap* map_b, const GemmParams& p) {
-  TileWalk walk(p, Config::kTileN);
+  TileWalk<Config> walk(p);
   Ring<Config::kStages> ring;
   Tile tile;
   while (walk.next(tile)) {
+    const int num_steps = depth_tiles<Config>(tile);
 #pragma unroll 1
-    for (int k = 0; k < p.depth_tiles; ++k) {
+    for (int k = 0; k < num_steps; ++k) {
       wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);
       load_stage(shared, map_a, map_b, p, tile, k, ring.stage);
       ring.advance();
@@ -175,42 +215,70 @@ __device__ __forceinline__ void free_stage(const GemmShared<Config>& shared, int
 template <class Config>
 __device__ __forceinline__ void multiply_stage(const GemmShared<Config>& shared, int consumer, int stage,
                                                bool accumulate, float (&sums)[Config::kSums]) {
+  constexpr int kBoxStep = kWgmmaDepthBytes / Config::Operands::kBytes * kSwizzleBytes;
+  constexpr int kStepA = Config::kMnMajorA ? kBoxStep : kWgmmaDepthBytes;
+  constexpr int kStepB = Config::kMnMajorB ? kBoxStep : kWgmmaDepthBytes;
+  // A consumer's rows of A are one box where A is MN-major, and as many bytes where it is K-major.
+  static_assert(!Config::kMnMajorA || Config::kBoxBytes == kRowsPerConsumer * kSwizzleBytes);
   const uint64_t a =
       matrix_descriptor(shared.a(stage) + consumer * kRowsPerConsumer * kSwizzleBytes, 0, kSwizzleRepeat);
-  // An MN-major tile of B is kTileK rows high for each 64 columns.
-  const uint64_t b =
-      matrix_descriptor(shared.b(stage), Config::kTransposedB ? Config::kTileK * kSwizzleBytes : 0, kSwizzleRepeat);
-  constexpr int kStepB =
-      Config::kTransposedB ? kWgmmaDepthBytes / Config::Operands::kBytes * kSwizzleBytes : kWgmmaDepthBytes;
+  const uint64_t b = matrix_descriptor(shared.b(stage), Config::kMnMajorB ? Config::kBoxBytes : 0, kSwizzleRepeat);
+  hold_accumulators(sums);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kSwizzleBytes / kWgmmaDepthBytes; ++i) {
-    const uint64_t step_a = a + descriptor_step(i * kWgmmaDepthBytes), step_b = b + descriptor_step(i * kStepB);
+    const uint64_t step_a = a + descriptor_step(i * kStepA), step_b = b + descriptor_step(i * kStepB);
     if constexpr (Config::kScaled) {
       wgmma_e4m3(sums, step_a, step_b, accumulate || i > 0);
     } else {
-      wgmma_bf16<false, Config::kTransposedB>(sums, step_a, step_b, accumulate || i > 0);
+      wgmma_bf16<Config::kMnMajorA, Config::kMnMajorB>(sums, step_a, step_b, accumulate || i > 0);
     }
   }
   wgmma_commit();
 }
 
+// The rows of the stage's tiles that lie behind the expert's last one become zeros, in both operands: the next
+// expert's may be infinite. All consumers do this together.
+template <class Config>
+__device__ __forceinline__ void clear_rows_behind(const GemmShared<Config>& shared, int stage, int num_rows) {
+  constexpr int kUnitsPerRow = kSwizzleBytes / 16, kUnitsPerBox = Config::kBoxBytes / 16;
+  constexpr int kBoxes = Config::kStageBytes / Config::kBoxBytes;
+  auto* units = reinterpret_cast<uint4*>(shared.a(stage));
+  const int cleared = (Config::kTileK - num_rows) * kUnitsPerRow;  // of each box
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < kBoxes * cleared; i += kConsumers * kWarpgroupSize) {
+    units[i / cleared * kUnitsPerBox + num_rows * kUnitsPerRow + i % cleared] = make_uint4(0, 0, 0, 0);
+  }
+  fence_async_proxy();
+  named_barrier(1 + kConsumers, kConsumers * kWarpgroupSize);
+}
+
 // One wgmma group stays in flight while the next stage is waited for.
 template <class Config>
-__device__ __forceinline__ void multiply_tile(const GemmShared<Config>& shared, const GemmParams& p, int consumer,
+__device__ __forceinline__ void multiply_tile(const GemmShared<Config>& shared, const Tile& tile, int consumer,
                                               Ring<Config::kStages>& ring, float (&sums)[Config::kSums]) {
+  const int num_steps = depth_tiles<Config>(tile);
+  if constexpr (Config::kWeightGrads) {  // there may be nothing to add
+#pragma unroll
+    for (int i = 0; i < Config::kSums; ++i) sums[i] = 0;
+  }
   int previous = 0;
 #pragma unroll 1
-  for (int k = 0; k < p.depth_tiles; ++k) {
+  for (int k = 0; k < num_steps; ++k) {
     wait_for_phase(shared.full() + ring.stage, ring.parity);
-    multiply_stage<Config>(shared, consumer, ring.stage, k > 0, sums);
+    if constexpr (Config::kWeightGrads) {
+      const int left = tile.depth_end - tile.depth_start - k * Config::kTileK;
+      if (left < Config::kTileK) clear_rows_behind(shared, ring.stage, left);
+    }
+    multiply_stage<Config>(shared, consumer, ring.stage, Config::kWeightGrads || k > 0, sums);
     wgmma_wait<1>();
     if (k > 0) free_stage(shared, previous);
     previous = ring.stage;
     ring.advance();
   }
   wgmma_wait<0>();
-  free_stage(shared, previous);
+  hold_accumulators(sums);
+  if (num_steps > 0) free_stage(shared, previous);
 }
 
 // The first row of the tile's fragment that this thread has; it also has the row 8 below. Its columns are
@@ -229,20 +297,21 @@ __device__ __forceinline__ void multiply_scaled_tile(const GemmShared<Config>& s
   constexpr int kBlocks = Config::kTileN <= kScaleBlock ? 1 : Config::kTileN / (kScaleBlock / 2);
   constexpr int kSumsPerBlock = Config::kSums / kBlocks;
   const int row = tile.row + consumer * kRowsPerConsumer + first_row(), last_row = p.rows - 1;
-  const float* scales_above = p.a_scales + int64_t(min(row, last_row)) * p.depth_tiles;
-  const float* scales_below = p.a_scales + int64_t(min(row + 8, last_row)) * p.depth_tiles;
+  const int num_steps = depth_tiles<Config>(tile);
+  const float* scales_above = p.a_scales + int64_t(min(row, last_row)) * num_steps;
+  const float* scales_below = p.a_scales + int64_t(min(row + 8, last_row)) * num_steps;
   const int scale_rows = (p.columns + kScaleBlock - 1) / kScaleBlock;
   const float* scales_b[kBlocks];
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) {
     const int block = min((tile.column + i * (Config::kTileN / kBlocks)) / kScaleBlock, scale_rows - 1);
-    scales_b[i] = p.b_scales + (int64_t(tile.expert) * scale_rows + block) * p.depth_tiles;
+    scales_b[i] = p.b_scales + (int64_t(tile.expert) * scale_rows + block) * num_steps;
   }
 #pragma unroll
   for (int i = 0; i < Config::kSums; ++i) sums[i] = 0;
   float products[Config::kSums];
 #pragma unroll 1
-  for (int k = 0; k < p.depth_tiles; ++k) {
+  for (int k = 0; k < num_steps; ++k) {
     const float above = __ldg(scales_above + k), below = __ldg(scales_below + k);
     float scale_b[kBlocks];
 #pragma unroll
@@ -250,6 +319,7 @@ __device__ __forceinline__ void multiply_scaled_tile(const GemmShared<Config>& s
     wait_for_phase(shared.full() + ring.stage, ring.parity);
     multiply_stage<Config>(shared, consumer, ring.stage, false, products);
     wgmma_wait<0>();
+    hold_accumulators(products);
     free_stage(shared, ring.stage);
     ring.advance();
 #pragma unroll
@@ -342,7 +412,7 @@ __device__ __forceinline__ void store_ragged(const GemmParams& p, const Tile& ti
 template <class Config>
 __device__ __forceinline__ void consume(const GemmShared<Config>& shared, const CUtensorMap* map_out,
                                         const GemmParams& p, int consumer) {
-  TileWalk walk(p, Config::kTileN);
+  TileWalk<Config> walk(p);
   Ring<Config::kStages> ring;
   Tile tile;
   int buffer = 0;
@@ -351,7 +421,7 @@ __device__ __forceinline__ void consume(const GemmShared<Config>& shared, const 
     if constexpr (Config::kScaled) {
       multiply_scaled_tile<Config>(shared, p, tile, consumer, ring, sums);
     } else {
-      multiply_tile<Config>(shared, p, consumer, ring, sums);
+      multiply_tile<Config>(shared, tile, consumer, ring, sums);
     }
     const bool whole = tile.row + kTileM <= tile.end_of_expert || tile.end_of_expert == p.rows;
     if (whole && p.whole_tiles_by_bulk_store) {

@@ -154,7 +154,7 @@ def _tensor_map_object(csrc: Path, flags: Sequence[str] = ()) -> Path:
 
 
 def _runtime_objects(flags: Sequence[str] = ()) -> list[Path]:
-    sources = sorted(path for path in RUNTIME.glob("*.cpp") if path.name not in ("module.cpp", "sanitize_main.cpp"))
+    sources = sorted(path for path in RUNTIME.glob("*.cpp") if not path.stem.endswith(("module", "main")))
     # wgmma's loops are most of the time.
     level = {"wgmma.cpp": ["-O3", "-mavx2"]}
     return [
@@ -225,3 +225,13 @@ def sanitizer_program(kind: str, csrc: Path = CSRC) -> Path:
     parts = [main, *(_source_object(csrc, op, flags) for op in OPS), *_runtime_objects(runtime_flags)]
     command = ["g++", *_SANITIZERS[kind], "-rdynamic", *parts, "-ldl", "-o"]
     return _made("", [*_SANITIZERS[kind], *(part.name for part in parts)], [], lambda target: _run([*command, target]))
+
+
+def gemm_sanitizer_program() -> Path:
+    """sanitize_gemm_main.cpp under AddressSanitizer; ThreadSanitizer cannot tell what asynchronous copies order."""
+    flags = [*_SANITIZERS["address"], "-g", "-O1"]
+    headers = [*_runtime_headers(), *sorted(CSRC.glob("*/api.h"))]
+    main = _compile(RUNTIME / "sanitize_gemm_main.cpp", headers, _includes(CSRC), [*_WARNINGS, *flags])
+    parts = [main, _source_object(CSRC, "gemm", flags), _tensor_map_object(CSRC, flags), *_runtime_objects(flags)]
+    command = ["g++", *_SANITIZERS["address"], "-rdynamic", *parts, "-ldl", "-o"]
+    return _made("", [*_SANITIZERS["address"], *(part.name for part in parts)], [], lambda to: _run([*command, to]))

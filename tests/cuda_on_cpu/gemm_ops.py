@@ -126,7 +126,7 @@ def run_gemm(
     return out
 
 
-def wrong(case: GemmCase, ours: Tensor, expected: Tensor) -> str:
+def wrong(case: "GemmCase | WeightGradCase", ours: Tensor, expected: Tensor) -> str:
     """What differs from the exact result, "" if nothing."""
     written = ~expected.isnan()
     if not torch.equal(ours.isnan(), ~written):
@@ -135,3 +135,54 @@ def wrong(case: GemmCase, ours: Tensor, expected: Tensor) -> str:
         return ""
     error = relative_error(ours[written], expected[written])
     return "" if error <= TOLERANCES[case.out_dtype] else f"relative error {error}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightGradCase:
+    """Of the rows of each expert, those of A (`a_width` columns) and of B. No rows per expert: no offsets."""
+
+    a_width: int
+    b_width: int
+    rows: int = 0
+    rows_per_expert: tuple[int, ...] = ()
+    out_dtype: torch.dtype = torch.float32
+    width: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows or sum(self.rows_per_expert)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.rows_per_expert) or 1
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.a_width + self.num_rows)
+        a = torch.randn(self.num_rows, self.a_width, generator=generator)
+        return a.bfloat16(), torch.randn(self.num_rows, self.b_width, generator=generator).bfloat16()
+
+    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+        """(E, a_width, b_width) in float64."""
+        sizes = list(self.rows_per_expert or (self.rows,))
+        pairs = zip(a.double().split(sizes), b.double().split(sizes), strict=True)
+        return torch.stack([x.T @ y for x, y in pairs])
+
+
+def run_weight_grads(
+    module: ModuleType, case: WeightGradCase, a: Tensor, b: Tensor, executor: str, lazy: bool, order: str, seed: int = 0
+) -> Tensor:
+    """The kernel's result in an output that held NaN."""
+    module.set_options(order, seed, executor, lazy)
+    module.clear_buffers()
+    starts = torch.tensor([0, *case.rows_per_expert]).cumsum(0).int()
+    placed = [aligned(value) for value in (a, b, starts)]
+    for name, value in zip(("a", "b", "offsets"), placed, strict=True):
+        module.register_buffer(name, value.data_ptr(), value.nbytes, False)
+    shape = (case.num_experts, case.a_width, case.b_width)
+    out = aligned(torch.full(shape, float("nan"), dtype=case.out_dtype))
+    module.register_buffer("out", out.data_ptr(), out.nbytes, True)
+    offsets = placed[2].data_ptr() if case.rows_per_expert else 0
+    pointers = [placed[0].data_ptr(), placed[1].data_ptr(), offsets, out.data_ptr()]
+    sizes = [case.num_rows, case.a_width, case.b_width, case.num_experts, native.DTYPE_CODES[case.out_dtype]]
+    module.gemm_bf16_weight_grads(*pointers, *sizes, 0)
+    return out

@@ -7,8 +7,8 @@ from tests.cuda_on_cpu.planted_bugs import PlantedBug
 KERNELS, WRAPPERS = "gemm/kernels.cuh", "common/hopper.cuh"
 LOAD_RACE = "race at byte .*a bulk copy to shared memory"
 
-BF16, TRANSPOSED, FP8 = 0, 1, 2  # kinds of small_gemm.cu
-MULTIPLY = "    multiply_stage<Config>(shared, consumer, ring.stage, k > 0, sums);"
+BF16, TRANSPOSED, FP8, WEIGHT_GRADS = 0, 1, 2, 3  # kinds of small_gemm.cu
+MULTIPLY = "    if constexpr (Config::kWeightGrads) {\n      const int left"  # the first statement behind the wait
 WAIT = "    wait_for_phase(shared.full() + ring.stage, ring.parity);\n"
 
 
@@ -37,16 +37,16 @@ PLANTED_GEMM_BUGS = (
     PlantedGemmBug(
         name="half a step along K",
         file=KERNELS,
-        old="a + descriptor_step(i * kWgmmaDepthBytes)",
-        new="a + descriptor_step(i * kWgmmaDepthBytes / 2)",
+        old="a + descriptor_step(i * kStepA)",
+        new="a + descriptor_step(i * kStepA / 2)",
         caught_as="",
     ),
     PlantedGemmBug(
         name="MN-major tile with the stride of a K-major one",
         kind=TRANSPOSED,
         file=KERNELS,
-        old="Config::kTransposedB ? Config::kTileK * kSwizzleBytes : 0",
-        new="Config::kTransposedB ? kSwizzleRepeat : 0",
+        old="Config::kMnMajorB ? Config::kBoxBytes : 0",
+        new="Config::kMnMajorB ? kSwizzleRepeat : 0",
         caught_as="",
     ),
     PlantedGemmBug(
@@ -74,8 +74,8 @@ PLANTED_GEMM_BUGS = (
         name="sums read before their wgmma is waited for",
         kind=FP8,
         file=KERNELS,
-        old="    wgmma_wait<0>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
-        new="    wgmma_wait<1>();\n    free_stage(shared, ring.stage);\n    ring.advance();\n",
+        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n",
+        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n",
         caught_as="",
     ),
     PlantedGemmBug(
@@ -130,8 +130,8 @@ PLANTED_GEMM_BUGS = (
     PlantedGemmBug(
         name="no fence.proxy.async before the bulk store",
         file=KERNELS,
-        old="    fence_async_proxy();\n",
-        new="",
+        old="    fence_async_proxy();\n    named_barrier(1 + consumer",
+        new="    named_barrier(1 + consumer",
         caught_as="without a fence.proxy.async",
     ),
     PlantedGemmBug(
@@ -205,5 +205,37 @@ PLANTED_GEMM_BUGS = (
         old="kConsumerRegisters = 232",
         new="kConsumerRegisters = 240",
         caught_as="take 66560 registers",
+    ),
+    PlantedGemmBug(
+        name="rows of the next expert in its neighbour's weight gradients",
+        kind=WEIGHT_GRADS,
+        file=KERNELS,
+        old="if (left < Config::kTileK) clear_rows_behind",
+        new="if (left < 0) clear_rows_behind",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="cleared rows multiplied before all threads have cleared",
+        kind=WEIGHT_GRADS,
+        file=KERNELS,
+        old="  named_barrier(1 + kConsumers, kConsumers * kWarpgroupSize);\n",
+        new="",
+        caught_as="race at byte .*wgmma|without a fence.proxy.async",
+    ),
+    PlantedGemmBug(
+        name="cleared rows not fenced",
+        kind=WEIGHT_GRADS,
+        file=KERNELS,
+        old="  fence_async_proxy();\n  named_barrier(1 + kConsumers",
+        new="  named_barrier(1 + kConsumers",
+        caught_as="without a fence.proxy.async",
+    ),
+    PlantedGemmBug(
+        name="weight gradients of the wrong columns of A",
+        kind=WEIGHT_GRADS,
+        file=KERNELS,
+        old="const int first = tile.row - tile.expert * (p.rows / p.num_experts);",
+        new="const int first = tile.row;",
+        caught_as="",
     ),
 )

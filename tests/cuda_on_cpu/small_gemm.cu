@@ -5,15 +5,21 @@ namespace k25::cuda {
 
 void gemm_bf16([[maybe_unused]] const GemmBf16& p, [[maybe_unused]] Stream stream) {
 #if K25_KIND == 0
-  launch_gemm<GemmConfig<Bf16Operands, 64, false>>(call_of(p), stream);
+  launch_gemm<GemmConfig<Bf16Operands, 64>>(call_of(p), stream);
 #elif K25_KIND == 1
-  launch_gemm<GemmConfig<Bf16Operands, 128, true>>(call_of(p), stream);
+  launch_gemm<GemmConfig<Bf16Operands, 128, GemmKind::transposed_b>>(call_of(p), stream);
 #endif
 }
 
 void gemm_fp8([[maybe_unused]] const GemmFp8& p, [[maybe_unused]] Stream stream) {
 #if K25_KIND == 2
-  launch_gemm<GemmConfig<E4m3Operands, 192, false>>(call_of(p), stream);
+  launch_gemm<GemmConfig<E4m3Operands, 192>>(call_of(p), stream);
+#endif
+}
+
+void gemm_bf16_weight_grads([[maybe_unused]] const GemmBf16WeightGrads& p, [[maybe_unused]] Stream stream) {
+#if K25_KIND == 3
+  launch_gemm<GemmConfig<Bf16Operands, 128, GemmKind::weight_grads>>(call_of(p), stream);
 #endif
 }
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from tests.cuda_on_cpu import build
-from tests.cuda_on_cpu.gemm_ops import RUNS, GemmCase, exact, operands_of, run_gemm, wrong
+from tests.cuda_on_cpu.gemm_ops import (
+    RUNS,
+    GemmCase,
+    WeightGradCase,
+    exact,
+    operands_of,
+    run_gemm,
+    run_weight_grads,
+    wrong,
+)
 from tests.ops.generators import first_difference
 
 pytestmark = pytest.mark.timeout(300)
@@ -40,6 +49,12 @@ FP8 = (
     GemmCase(fp8=True, rows_per_expert=(5, 0, 128, 0, 200, 1), columns=200, depth=144),
     GemmCase(fp8=True, rows_per_expert=(129, 40), skipped_rows=4, columns=456, depth=640, out_dtype=torch.float32),
 )
+WEIGHT_GRADS = (
+    WeightGradCase(rows=64, a_width=128, b_width=128, width=128),
+    WeightGradCase(rows=330, a_width=136, b_width=72, out_dtype=torch.bfloat16),
+    WeightGradCase(rows_per_expert=(5, 0, 128, 130, 1), a_width=72, b_width=200),
+    WeightGradCase(rows_per_expert=(100, 300), a_width=200, b_width=392, out_dtype=torch.bfloat16, width=256),
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +75,28 @@ def test_gemm(module: ModuleType, case: GemmCase) -> None:
             assert re.search(rf"Operands(, |ELi){case.width}\D", module.last_kernel())
     for other in results[1:]:
         assert first_difference(results[0].nan_to_num(7.0), other.nan_to_num(7.0)) == ""
+
+
+@pytest.mark.parametrize("case", WEIGHT_GRADS, ids=str)
+def test_weight_grads(module: ModuleType, case: WeightGradCase) -> None:
+    a, b = case.operands()
+    expected = case.exact(a, b)
+    results = []
+    for run in RUNS:
+        results.append(run_weight_grads(module, case, a, b, *run))
+        assert wrong(case, results[-1], expected) == "", run
+        assert first_difference(results[0], results[-1]) == ""
+        if case.width:
+            assert re.search(rf"Operands(, |ELi){case.width}\D", module.last_kernel())
+
+
+def test_nan_in_rows_of_one_expert_stays_in_its_weight_grads(module: ModuleType) -> None:
+    case = WeightGradCase(rows_per_expert=(40, 40), a_width=64, b_width=64)
+    for operand in (0, 1):
+        operands = case.operands()
+        operands[operand][40:] = float("inf")
+        result = run_weight_grads(module, case, *operands, "ptx", True, "random")
+        assert wrong(case, result[:1], case.exact(*operands)[:1]) == ""
 
 
 def test_nan_of_one_expert_stays_there(module: ModuleType) -> None:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from tests.cuda_on_cpu import build
-from tests.cuda_on_cpu.gemm_ops import GemmCase, exact, operands_of, run_gemm, wrong
+from tests.cuda_on_cpu.gemm_ops import (
+    GemmCase,
+    WeightGradCase,
+    exact,
+    operands_of,
+    run_gemm,
+    run_weight_grads,
+    wrong,
+)
 from tests.cuda_on_cpu.planted_gemm_bugs import PLANTED_GEMM_BUGS, PlantedGemmBug
 
 pytestmark = pytest.mark.timeout(300)
@@ -17,18 +25,25 @@ CASES = (
     GemmCase(rows_per_expert=(130, 40, 150), columns=136, depth=584),
     GemmCase(rows_per_expert=(100, 60), columns=136, depth=136, b_is_transposed=True, out_dtype=torch.float32),
     GemmCase(rows_per_expert=(140, 30), columns=200, depth=656, fp8=True, out_dtype=torch.float32),
+    WeightGradCase(rows_per_expert=(130, 0, 70), a_width=136, b_width=136),
 )
 
 
-def failures(module: ModuleType, case: GemmCase) -> list[str]:
-    """What the executor or the result says, eager and lazy; a right one says nothing."""
-    said = []
-    operands = operands_of(case)
-    for lazy, order in ((False, "in_order"), (True, "random")):
-        try:
-            said.append(wrong(case, run_gemm(module, case, operands, "ptx", lazy, order), exact(case, operands)))
-        except RuntimeError as error:
-            said.append(str(error))
+def failure(module: ModuleType, case: GemmCase | WeightGradCase, lazy: bool, order: str) -> str:
+    """What the executor or the result says; a right one says nothing."""
+    try:
+        if isinstance(case, GemmCase):
+            operands = operands_of(case)
+            return wrong(case, run_gemm(module, case, operands, "ptx", lazy, order), exact(case, operands))
+        a, b = case.operands()
+        return wrong(case, run_weight_grads(module, case, a, b, "ptx", lazy, order), case.exact(a, b))
+    except RuntimeError as error:
+        return str(error)
+
+
+def failures(module: ModuleType, case: GemmCase | WeightGradCase) -> list[str]:
+    """Eager and lazy."""
+    said = [failure(module, case, lazy, order) for lazy, order in ((False, "in_order"), (True, "random"))]
     return [text for text in said if text]
 
 
@@ -38,7 +53,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Module
     folder = tmp_path_factory.mktemp("planted")
     pool = ThreadPoolExecutor(2)
     futures = {
-        bug.name: pool.submit(build.small_gemm_module, bug.kind, bug.plant(folder / str(i)))
+        bug.name: pool.submit(lambda bug=bug, i=i: build.small_gemm_module(bug.kind, bug.plant(folder / str(i))))
         for i, bug in enumerate(PLANTED_GEMM_BUGS)
     }
     pool.shutdown(wait=False)

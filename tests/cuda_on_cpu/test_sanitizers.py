@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_on_cpu.build import sanitizer_program
+from tests.cuda_on_cpu.build import gemm_sanitizer_program, sanitizer_program
 from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, STORE_TOO_FAR
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,6 +24,11 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("kind", ["address", "thread"])
 def test_kernels_are_clean(kind: str) -> None:
     result = run(sanitizer_program(kind))
+    assert (result.returncode, result.stdout) == (0, "all kernels ran\n"), result.stderr[-4000:]
+
+
+def test_matrix_products_are_clean() -> None:
+    result = run(gemm_sanitizer_program())
     assert (result.returncode, result.stdout) == (0, "all kernels ran\n"), result.stderr[-4000:]
 
 

@@ -71,6 +71,8 @@ void wgmma_wait() {
   cuda_on_cpu::wgmma_wait_group(kPending);
 }
 template <int kCount>
+void hold_accumulators(float (&)[kCount]) {}
+template <int kCount>
 void run_wgmma(const cuda_on_cpu::WgmmaShape& shape, float (&sums)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   float* registers[kCount];
   for (int i = 0; i < kCount; ++i) registers[i] = &sums[i];

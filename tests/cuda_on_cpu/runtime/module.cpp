@@ -62,6 +62,13 @@ void bind_gemm(pybind11::module_& module) {
                      b_is_transposed, DType(out_dtype)},
                     nullptr);
   });
+  module.def("gemm_bf16_weight_grads",
+             [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t a_width, int64_t b_width,
+                int64_t num_experts, int out_dtype, Address) {
+               cuda::gemm_bf16_weight_grads({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows,
+                                             a_width, b_width, num_experts, DType(out_dtype)},
+                                            nullptr);
+             });
   module.def("gemm_fp8", [](Address a, Address b, Address a_scales, Address b_scales, Address offsets, Address out,
                             int64_t rows, int64_t columns, int64_t depth, int64_t num_experts, int out_dtype, Address) {
     cuda::gemm_fp8({at<void>(a), at<void>(b), at<float>(a_scales), at<float>(b_scales), at<int32_t>(offsets),
