@@ -5,6 +5,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from k25sys import build_info
 
@@ -111,7 +112,32 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
     weights_TK.requires_grad_()
     plan = ops.plan_dispatch(experts_TK, 5)
     grid_thw_N3 = torch.tensor([[1, 2, 4], [3, 6, 2]])
+    targets_T, mask_T = torch.arange(23) % 31, torch.arange(23) % 4 != 0
+    head_VD, old_T = normal(31, 40), torch.full((23,), -3.5)
+    tokens = (targets_T, old_T, weights_TK[:, 0].detach(), mask_T)
+    bounds: dict[str, Any] = {"log_low": -0.5, "log_high": 0.5, "tau": 0.1}
+
+    def fp8() -> tuple[float, float]:
+        a, b = (ops.quantize_fp8(v.detach(), block) for v, block in ((x_TD, (1, 128)), (head_VD, (128, 128))))
+        exact = ops.reference_fp8_gemm(*a, *b, out_dtype=torch.float64)
+        ours = ops.fp8_gemm(*a, *b, out_dtype=torch.float32).double()
+        same = torch.equal(a[0].float(), ops.reference_quantize_fp8(x_TD.detach(), (1, 128))[0].float())
+        return float((ours - exact).abs().max() / exact.abs().max()) if same else float("inf"), 1e-5
+
     return {
+        "fp8": fp8,
+        "linear_clipped_log_ratio_loss": lambda: compare(
+            1e-5,
+            lambda h, w: ops.linear_clipped_log_ratio_loss(h, w, *tokens, **bounds)[0],
+            lambda h, w: ops.reference_linear_clipped_log_ratio_loss(h, w, *tokens, **bounds),
+            x_TD, head_VD,
+        ),
+        "vocab_parallel_clipped_log_ratio_loss": lambda: compare(
+            1e-5,
+            lambda h: ops.vocab_parallel_clipped_log_ratio_loss(h, *tokens, **bounds)[0],
+            lambda h: ops.reference_vocab_parallel_clipped_log_ratio_loss(h, *tokens, **bounds),
+            normal(23, 31),
+        ),
         "route_tokens": lambda: compare(
             1e-5,
             lambda z: ops.route_tokens(z, bias_E, **route)[0],

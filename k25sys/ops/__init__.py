@@ -36,6 +36,7 @@ from k25sys.ops.pool_temporal_patches import pool_temporal_patches, reference_po
 from k25sys.ops.quantize_fp8 import (
     dequantize_fp8,
     quantize_fp8,
+    quantize_fp8_both_ways,
     reference_dequantize_fp8,
     reference_quantize_fp8,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "plan_dispatch",
     "pool_temporal_patches",
     "quantize_fp8",
+    "quantize_fp8_both_ways",
     "record_phases",
     "reference_clipped_log_ratio_loss",
     "reference_combine",

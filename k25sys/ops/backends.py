@@ -7,7 +7,10 @@ import torch
 from k25sys.errors import BackendError, message
 from k25sys.ops import native
 
-OPS = ("route_tokens", "plan_dispatch", "dispatch", "combine", "swiglu", "expert_mlp", "pool_temporal_patches")
+OPS = (
+    "combine", "dispatch", "expert_mlp", "plan_dispatch", "pool_temporal_patches", "route_tokens",
+    "swiglu", "dequantize_fp8", "fp8_gemm", "linear_loss", "loss_rows", "quantize_fp8", "token_losses",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

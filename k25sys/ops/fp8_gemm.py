@@ -99,7 +99,7 @@ def fp8_grouped_gemm_wgrad(
 
     Args:
         a_NM, a_scales: the output's gradient, transposed, in tiles of 1 x 128 along the rows M
-            (`quantize_fp8(grad, (1, 128), transposed=True)`).
+            (`quantize_fp8_both_ways`).
         b_KM, b_scales: the input, likewise.
         offsets: (E + 1,) int32, multiples of 128 (but for the last), so that no tile spans two experts.
         out_dtype: float32 or bfloat16.

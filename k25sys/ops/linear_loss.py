@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k25sys.errors import ArgumentValueError, message
 from k25sys.ops import checks, native
 from k25sys.ops.policy_loss import (
     ARGUMENTS,
@@ -116,6 +117,7 @@ def linear_cross_entropy(
 def _check_layer(op: str, hidden: Tensor, head: Tensor) -> None:
     checks.tensor(op, "hidden_TD", hidden, checks.FLOATS, (None, None), "TD")
     checks.tensor(op, "head_VD", head, (hidden.dtype,), (None, hidden.shape[1]), "VD", "D is that of hidden_TD")
+    checks.integer(op, "V (rows of head_VD)", head.shape[0], 0, 2**24)
     checks.same_device(op, "hidden_TD", hidden, {"head_VD": head})
 
 
@@ -144,12 +146,27 @@ class _Work:
     grad_head: Tensor | None
     grad_head_low: Tensor | None = None  # lower halves of float32 sums, see csrc/linear_loss/api.h
 
-    def token_loss(self, stats: Tensor, targets: Tensor, tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(T, 4) sums of the shard -> losses, slopes, log-sum-exps, log-probabilities, entropies."""
+    def token_loss(self, stats: Tensor, targets: Tensor, tokens: tuple[Tensor, ...], at: Tensor) -> tuple[Tensor, ...]:
+        """(T, 4) sums of the shard -> losses, slopes, log-sum-exps, log-probabilities, entropies of the tokens `at`."""
         log_sums, logprobs, entropies = join_shards(stats, tokens[-1], self.process_group)
-        check_target_found("linear_loss", logprobs, targets, tokens[-1])
+        check_target_found("linear_loss", logprobs, targets, tokens[-1], at)
+        _check_finite(logprobs, tokens, at)
         losses, slopes = token_losses_kernel(logprobs, *tokens, *self.objective.arguments())
         return losses, slopes, log_sums.contiguous(), logprobs, entropies
+
+
+def _check_finite(logprobs: Tensor, tokens: tuple[Tensor, ...], at: Tensor) -> None:
+    """Raises, on the CPU, for a number that is not finite, by the token's number in the whole call."""
+    if logprobs.device.type != "cpu":
+        return
+    source = "log-probability of targets_T, from hidden_TD and head_VD,"
+    for name, values in ((source, logprobs), ("old_logprobs_T", tokens[0]), ("advantages_T", tokens[1])):
+        wrong = (~values.isfinite()).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            hint = "mask it out, or look for what overflowed"
+            got = float(values[first])
+            raise ArgumentValueError(message("linear_loss", f"{name}[{int(at[first])}]", got, "a finite number", hint))
 
 
 def _ranges(count: int, size: int) -> Iterator[tuple[slice, bool, bool]]:
@@ -160,7 +177,7 @@ def _ranges(count: int, size: int) -> Iterator[tuple[slice, bool, bool]]:
 
 def _run_chunk_on_cpu(
     work: _Work, buffers: tuple[Tensor, Tensor], hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
-    grad_hidden: Tensor | None, first: bool, last: bool,
+    at: Tensor, grad_hidden: Tensor | None, first: bool, last: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, threads = native.cpu_only("linear_loss", hidden.device), torch.get_num_threads()
     head, (logits, grad_logits) = work.head, buffers
@@ -169,7 +186,7 @@ def _run_chunk_on_cpu(
     kernels.linear_logits(
         hidden.data_ptr(), head.data_ptr(), targets.data_ptr(), logits.data_ptr(), stats.data_ptr(), *sizes, threads
     )
-    losses, slopes, log_sums, logprobs, entropies = work.token_loss(stats, targets, tokens)
+    losses, slopes, log_sums, logprobs, entropies = work.token_loss(stats, targets, tokens, at)
     if grad_hidden is not None or work.grad_head is not None:
         kernels.linear_grads(
             hidden.data_ptr(), head.data_ptr(), targets.data_ptr(), log_sums.data_ptr(), slopes.data_ptr(),
@@ -181,7 +198,7 @@ def _run_chunk_on_cpu(
 
 def _run_chunk_on_cuda(
     work: _Work, _: tuple[Tensor, Tensor], hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
-    grad_hidden: Tensor | None, first: bool, last: bool,
+    at: Tensor, grad_hidden: Tensor | None, first: bool, last: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, where = native.kernels("linear_loss", hidden.device), native.where(hidden.device)
     head = work.head
@@ -189,7 +206,7 @@ def _run_chunk_on_cuda(
     sizes = (*logits.shape, work.vocab_start, native.DTYPE_CODES[logits.dtype], where)
     stats, weights = tokens[-1].new_empty((hidden.shape[0], 4)), tokens[-1]
     kernels.logit_stats(logits.data_ptr(), targets.data_ptr(), weights.data_ptr(), stats.data_ptr(), *sizes)
-    losses, slopes, log_sums, logprobs, entropies = work.token_loss(stats, targets, tokens)
+    losses, slopes, log_sums, logprobs, entropies = work.token_loss(stats, targets, tokens, at)
     addresses = (logits.data_ptr(), targets.data_ptr(), log_sums.data_ptr(), slopes.data_ptr(), logits.data_ptr())
     kernels.logit_grad(*addresses, *sizes)
     if grad_hidden is not None:
@@ -233,7 +250,7 @@ def _run(
         rows_TD = hidden[here]
         grad = torch.empty_like(rows_TD) if needs[0] else None
         mine = tuple(value[at] for value in tokens)
-        results[:, at] = torch.stack(run(work, buffers, rows_TD, targets[at], mine, grad, first, last))
+        results[:, at] = torch.stack(run(work, buffers, rows_TD, targets[at], mine, here, grad, first, last))
         if grad is not None and work.grad_hidden is not None:
             work.grad_hidden[here] = grad
     if process_group is not None and work.grad_hidden is not None:

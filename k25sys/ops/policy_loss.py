@@ -161,7 +161,8 @@ def vocab_parallel_clipped_log_ratio_loss(
     old_T, advantages_T = token_inputs(op, "logits_shard_TV", logits_shard_TV, dtype, old_logprobs_T, advantages_T)
     weights_T = token_weights(op, logits_shard_TV, loss_mask_T, normalizer, group_ids_T, dtype)
     inputs = (logits_shard_TV, targets_T, old_T, advantages_T, weights_T)
-    with renamed_errors("loss_rows", op), renamed_errors("token_losses", op):
+    source = "log-probability of targets_T, from logits_shard_TV,"
+    with renamed_errors("loss_rows", op, source), renamed_errors("token_losses", op, source):
         if process_group is None:
             losses_T, logprobs_T, entropies_T, _ = _LOSS_ROWS(*inputs, *objective.arguments(), vocab_start, False)
         else:
@@ -175,17 +176,22 @@ def vocab_parallel_clipped_log_ratio_loss(
 
 
 class renamed_errors:
-    """Puts the name of the op that the user called in the place of the kernel's."""
+    """Puts the names of the op that the user called, and of where its log-probabilities come from, in the place of the
+    kernel's."""
 
-    def __init__(self, kernel: str, op: str) -> None:
-        self._names = kernel + ":", op + ":"
+    def __init__(self, kernel: str, op: str, source: str = "logprobs_T") -> None:
+        self._kernel = kernel + ":"
+        self._changes = ((self._kernel, op + ":"), (" logprobs_T[", f" {source}["))
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (ValueError, IndexError)) and str(error).startswith(self._names[0]):
-            raise type(error)(str(error).replace(*self._names, 1)) from None
+        if isinstance(error, (ValueError, IndexError)) and str(error).startswith(self._kernel):
+            text = str(error)
+            for old, new in self._changes:
+                text = text.replace(old, new, 1)
+            raise type(error)(text) from None
 
 
 def token_inputs(
@@ -194,7 +200,7 @@ def token_inputs(
     """Old log-probabilities and advantages, checked, detached and in `dtype`."""
     named = {"old_logprobs_T": old_logprobs, "advantages_T": advantages}
     for name, tensor in named.items():
-        checks.tensor(op, name, tensor, checks.FLOATS, (value.shape[0],), "T")
+        checks.tensor(op, name, tensor, checks.FLOATS, (value.shape[0],), "T", f"T is that of {first}")
     checks.same_device(op, first, value, dict(named))
     return old_logprobs.detach().to(dtype).contiguous(), advantages.detach().to(dtype).contiguous()
 
@@ -202,7 +208,7 @@ def token_inputs(
 def token_targets(op: str, first: str, value: Tensor, targets: Tensor, vocab_start: int) -> Tensor:
     """Targets, checked, as int64."""
     checks.integer(op, "vocab_start", vocab_start, 0, 2**40)
-    checks.tensor(op, "targets_T", targets, INDICES, (value.shape[0],), "T")
+    checks.tensor(op, "targets_T", targets, INDICES, (value.shape[0],), "T", f"T is that of {first}")
     checks.same_device(op, first, value, {"targets_T": targets})
     return targets.long().contiguous()
 
@@ -280,15 +286,18 @@ def join_shards(stats: Tensor, weights: Tensor, process_group: Any) -> tuple[Ten
     return log_sums, at_target - log_sums, sums.log() - weighted / sums
 
 
-def check_target_found(op: str, at_target: Tensor, targets: Tensor, weights: Tensor) -> None:
-    """Raises IndexError, on the CPU, for a token with loss whose target no shard has."""
+def check_target_found(
+    op: str, at_target: Tensor, targets: Tensor, weights: Tensor, tokens: Tensor | None = None
+) -> None:
+    """Raises IndexError, on the CPU, for a token with loss whose target no shard has. `tokens` are their numbers."""
     if at_target.device.type != "cpu":
         return
     lost = ((at_target == -torch.inf) & (weights != 0)).nonzero()
     if len(lost):
-        token = int(lost[0])
+        first = int(lost[0])
+        token = first if tokens is None else int(tokens[first])
         accepted = "a token of the shards' vocabulary whose logit is above -inf"
-        raise IndexError(message(op, f"targets_T[{token}]", int(targets[token]), accepted))
+        raise IndexError(message(op, f"targets_T[{token}]", int(targets[first]), accepted))
 
 
 def scaled(values: Tensor, upstream: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k25sys.errors import ArgumentValueError, DTypeError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, DTypeError, message
 from k25sys.ops import checks, native
 
 TILE = 128
@@ -56,31 +56,47 @@ def reference_dequantize_fp8(
     return (values.float() * _per_element(scales, values.shape, block)).to(dtype)
 
 
-def quantize_fp8(
-    x: Tensor, block: Block, *, power_of_two: bool = False, transposed: bool = False
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_fp8(x: Tensor, block: Block, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Rounds x to E4M3 with a scale for each tile.
 
     Args:
         x: (M, K) or (B, M, K) float32 or bfloat16.
         block: (1, 128), or (128, 128). Last tiles may be ragged.
         power_of_two: round each scale up to a power of two.
-        transposed: also quantise x^T in tiles 1 x 128 along M, in the same pass: what a weight gradient multiplies.
 
     Returns:
         values of x's shape, float8_e4m3fn, and scales float32, (..., M, tiles of K) or (..., tiles of M, tiles of K):
         scale = amax / 448 over the finite numbers of the tile. NaN and infinities become NaN; a tile of zeros has scale
-        0. With `transposed` also values (..., K, M) and scales (..., K, tiles of M). Not differentiable.
+        0. Not differentiable.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, device or block.
     """
     _check_block("quantize_fp8", block)
-    for name, flag in (("power_of_two", power_of_two), ("transposed", transposed)):
-        if not isinstance(flag, bool):
-            raise DTypeError(message("quantize_fp8", name, f"{type(flag).__name__} {flag!r}", "a bool"))
-    results = _QUANTIZE(x, block[0] != 1, power_of_two, transposed)
-    return results if transposed else results[:2]
+    _check_flag("quantize_fp8", power_of_two)
+    _check_input("quantize_fp8", x)
+    return _QUANTIZE(x, block[0] != 1, power_of_two, False)[:2]
+
+
+def quantize_fp8_both_ways(
+    x: Tensor, block: Block = (1, TILE), *, power_of_two: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize_fp8` of x, and of x^T in tiles of 1 x 128 along M, from one read of x: what a product and its weight
+    gradient multiply.
+
+    Args:
+        x, block, power_of_two: as in `quantize_fp8`; `block` is that of x itself.
+
+    Returns:
+        values and scales as `quantize_fp8`; then values (..., K, M) and scales (..., K, tiles of M) of x^T.
+
+    Raises:
+        TypeError, ValueError: as `quantize_fp8`.
+    """
+    _check_block("quantize_fp8_both_ways", block)
+    _check_flag("quantize_fp8_both_ways", power_of_two)
+    _check_input("quantize_fp8_both_ways", x)
+    return _QUANTIZE(x, block[0] != 1, power_of_two, True)
 
 
 def dequantize_fp8(values: Tensor, scales: Tensor, block: Block, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,7 +123,7 @@ def check_values(op: str, name: str, values: Tensor, scales: Tensor, scales_name
     rank = values.dim() if isinstance(values, Tensor) and values.dim() == 3 else 2
     checks.tensor(op, name, values, (E4M3,), (None,) * rank, "BMK"[-rank:])
     shape = scales_shape(values.shape, block)
-    hint = f"tiles of {block[0]} x {block[1]}"
+    hint = f"one for each tile of {block[0]} x {block[1]} of {name}"
     checks.tensor(op, scales_name, scales, (torch.float32,), shape, "BMK"[-rank:], hint)
     checks.same_device(op, name, values, {scales_name: scales})
 
@@ -117,16 +133,23 @@ def _check_block(op: str, block: Any) -> None:
         raise ArgumentValueError(message(op, "block", repr(block), "(1, 128) or (128, 128)"))
 
 
-def _check_input(x: Tensor) -> None:
+def _check_flag(op: str, power_of_two: Any) -> None:
+    if not isinstance(power_of_two, bool):
+        got = f"{type(power_of_two).__name__} {power_of_two!r}"
+        raise ArgumentTypeError(message(op, "power_of_two", got, "a bool"))
+
+
+def _check_input(op: str, x: Tensor) -> None:
     rank = x.dim() if isinstance(x, Tensor) and x.dim() == 3 else 2
-    checks.tensor("quantize_fp8", "x", x, NARROW, (None,) * rank, "BMK"[-rank:])
-    checks.same_device("quantize_fp8", "x", x, {})
+    checks.tensor(op, "x", x, NARROW, (None,) * rank, "BMK"[-rank:])
+    checks.same_device(op, "x", x, {})
+    checks.row_count(op, "x", x.shape[:-1].numel(), 1)
 
 
 def _quantize_fake(
     x: Tensor, square: bool, power_of_two: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_input(x)
+    _check_input("quantize_fp8", x)
     values = x.new_empty(x.shape, dtype=E4M3)
     scales = x.new_empty(scales_shape(x.shape, (TILE if square else 1, TILE)), dtype=torch.float32)
     shape = (*x.shape[:-2], x.shape[-1], x.shape[-2])

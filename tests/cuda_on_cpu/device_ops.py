@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from k25sys.ops import DispatchPlan, checks, native
+from k25sys.ops.quantize_fp8 import scales_shape
 
 ORDERS = (("in_order", 0), ("reverse", 0), ("random", 1), ("random", 2))
 
@@ -166,6 +167,32 @@ class DeviceOps:
         read = {**placed, "log_sums": self._place(log_sums), "slopes": self._place(made["slopes"])}
         self._call("logit_grad", read, {"grad": grad}, [*read.values(), grad, *sizes])
         return made["losses"], logprobs, sums.log() - weighted / sums, grad
+
+    def quantize_fp8(
+        self, x: Tensor, *, square: bool, power_of_two: bool, transposed: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (M, K) -> values, scales and, where asked for, those of the transpose."""
+        rows, cols = x.shape
+        block = (128, 128) if square else (1, 128)
+        shapes = {"values": (rows, cols), "values_t": (cols, rows) if transposed else (0, 0)}
+        outputs = {name: torch.full(shape, 0x5A, dtype=torch.uint8) for name, shape in shapes.items()}
+        outputs["scales"] = self._garbage(scales_shape((rows, cols), block), torch.float32)
+        outputs["scales_t"] = self._garbage(scales_shape(shapes["values_t"], (1, 128)), torch.float32)
+        second = [outputs[name] if transposed else 0 for name in ("values_t", "scales_t")]
+        inputs = {"x": self._place(x)}
+        sizes = [1, rows, cols, square, power_of_two, native.DTYPE_CODES[x.dtype]]
+        self._call(
+            "quantize_fp8", inputs, outputs, [*inputs.values(), outputs["values"], outputs["scales"], *second, *sizes]
+        )
+        values, values_t = (outputs[name].view(torch.float8_e4m3fn) for name in ("values", "values_t"))
+        return values, outputs["scales"], values_t, outputs["scales_t"]
+
+    def dequantize_fp8(self, values: Tensor, scales: Tensor, *, square: bool, dtype: torch.dtype) -> Tensor:
+        inputs = {"values": self._place(values.view(torch.uint8)), "scales": self._place(scales)}
+        out = self._garbage(tuple(values.shape), dtype)
+        sizes = [1, *values.shape, square, native.DTYPE_CODES[dtype]]
+        self._call("dequantize_fp8", inputs, {"out": out}, [*inputs.values(), out, *sizes])
+        return out
 
     def pool_temporal_patches(self, x: Tensor, clips: Tensor, num_out: int, merge: tuple[int, int]) -> Tensor:
         """`clips` is the table that `clip_table` makes."""

@@ -178,4 +178,25 @@ PLANTED_BUGS = (
         "  for (int64_t i = threadIdx.x % kWarpSize * kCount; i + kWarpSize * kCount <= length;",
         caught_as="",
     ),
+    PlantedBug(
+        name="no barrier between filling the tile and reading it",
+        file="fp8_quantize/kernels.cuh",
+        old="    load_tile<Element, kVectorized>(p, at, tile);\n    __syncthreads();",
+        new="    load_tile<Element, kVectorized>(p, at, tile);",
+        caught_as="race at byte",
+    ),
+    PlantedBug(
+        name="scale of the row beside",
+        file="fp8_quantize/kernels.cuh",
+        old="p.scales[line * col_tiles + t] = scale;",
+        new="p.scales[(line ^ 1) * col_tiles + t] = scale;",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="columns read along rows",
+        file="fp8_quantize/kernels.cuh",
+        old="scale_of(load_line(tile + col, kTileStride, values), p.power_of_two)",
+        new="scale_of(load_line(tile + col, kTileStride - 1, values), p.power_of_two)",
+        caught_as="",
+    ),
 )

@@ -22,6 +22,8 @@ from tests.ops.generators import (
     relative_error,
     tolerance,
 )
+from tests.ops.test_fp8 import Fp8Case, bits
+from tests.ops.test_fp8 import cases as fp8_cases
 from tests.ops.test_policy_loss import BOUNDS, LossCase, cases, near_a_bound
 
 EXECUTORS = ("ptx", "source")
@@ -301,3 +303,28 @@ def test_policy_loss(executor: ModuleType, name: str, case: LossCase, shift: int
         assert abs(float(losses.sum()) - float(exact.detach())) <= 1e-5 * max(1.0, abs(float(exact.detach())))
         assert relative_error(entropies * mask, entropy) <= 1e-4
         assert not grad[~mask].any()
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@generated
+@given(case=fp8_cases, shift=shifts, square=st.booleans(), power_of_two=st.booleans())
+def test_fp8(executor: ModuleType, name: str, case: Fp8Case, shift: int, square: bool, power_of_two: bool) -> None:
+    x = replace(case, batch=0, rows=min(case.rows, 130), cols=min(case.cols, 200)).x()
+    block = (128, 128) if square else (1, 128)
+    flags = {"square": square, "power_of_two": power_of_two, "transposed": True}
+    values, scales, values_t, scales_t = same_for_all_orders(
+        executor, name, shift, lambda d: [t.view(torch.uint8) if t.dtype != torch.float32 else t
+                                          for t in d.quantize_fp8(x, **flags)]
+    )  # fmt: skip
+    for ours, exact in (
+        ((values, scales), ops.reference_quantize_fp8(x, block, power_of_two=power_of_two)),
+        ((values_t, scales_t), ops.reference_quantize_fp8(x.mT, (1, 128), power_of_two=power_of_two)),
+    ):
+        if x.numel():  # nothing is launched, and nothing written, for an empty matrix
+            assert not first_difference(bits(ours[0]), bits(exact[0]))
+            assert not first_difference(ours[1], exact[1])
+    if x.numel():
+        device = DeviceOps(executor, name, shift=4 * shift)
+        back = device.dequantize_fp8(values.view(torch.float8_e4m3fn), scales, square=square, dtype=case.dtype)
+        exact_back = ops.reference_dequantize_fp8(values.view(torch.float8_e4m3fn), scales, block, case.dtype)
+        assert torch.equal(back.nan_to_num(-7), exact_back.nan_to_num(-7))

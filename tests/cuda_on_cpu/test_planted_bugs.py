@@ -23,6 +23,11 @@ PATCHES = PatchCase(
 SHIFTS = (0, 1)  # elements away from an aligned address
 
 
+def dequantized(x: torch.Tensor) -> torch.Tensor:
+    """x after a trip through E4M3."""
+    return ops.reference_dequantize_fp8(*ops.reference_quantize_fp8(x, (1, 128)), (1, 128))
+
+
 def wrong_results(device: DeviceOps) -> list[str]:
     """Names of the ops whose result differs from the reference. A check of the executor raises RuntimeError."""
     t = CASE.tensors()
@@ -46,7 +51,11 @@ def wrong_results(device: DeviceOps) -> list[str]:
     leaf = patches.clone().requires_grad_()
     pooled = ops.reference_pool_temporal_patches(leaf, grid)
     (grad_patches,) = torch.autograd.grad(pooled, leaf, grad_pooled)
+    tile = torch.randn(6, 140, generator=torch.Generator().manual_seed(0))
+    values, scales, values_t, scales_t = device.quantize_fp8(tile, square=False, power_of_two=False, transposed=True)
     pairs = {
+        "quantize_fp8": (ops.reference_dequantize_fp8(values, scales, (1, 128)), dequantized(tile)),
+        "quantize_fp8 transposed": (ops.reference_dequantize_fp8(values_t, scales_t, (1, 128)), dequantized(tile.T)),
         "loss_rows": (
             device.loss_rows(*loss_inputs, objective=(0, *BOUNDS.values(), True), in_place=True)[3],
             leaf.grad,

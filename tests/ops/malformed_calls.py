@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from k25sys import ops
-from tests.ops.generators import MoeCase
+from tests.ops.generators import MoeCase, MoeTensors
 
 SIZES = {"num_tokens": 6, "num_experts": 5, "top_k": 2, "dim": 9, "width": 4, "routing": "uniform"}
 NUMBERS = (0, -1, 6, 17, 513, 2**31, 2**63, -(2**63), True, 1.5, float("nan"), float("inf"), "2", None, [2], 1 + 1j)
@@ -33,6 +33,8 @@ def good_calls(seed: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Calla
     layer = {"x_TD": t.x_TD, "gate_up_EGD": t.gate_up_EGD, "down_EDI": t.down_EDI, "weights_TK": t.weights_TK}
     route = {"logits_TE": t.logits_TE, "bias_E": t.bias_E, "top_k": 2, "scale": 2.8}
     return {
+        **good_losses(t, seed),
+        **good_fp8(t),
         "route_tokens": (ops.route_tokens, ops.reference_route_tokens, route),
         "plan_dispatch": (
             ops.plan_dispatch,
@@ -55,6 +57,71 @@ def good_calls(seed: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Calla
     }
 
 
+def good_losses(t: MoeTensors, seed: int) -> dict[str, tuple[Callable, Callable, dict[str, Any]]]:
+    """The entry points of the policy loss, and cross-entropy."""
+    generator = torch.Generator().manual_seed(seed)
+    targets, mask = torch.randint(0, 8, (6,), generator=generator), torch.arange(6) % 3 != 1
+    tokens = {
+        "old_logprobs_T": torch.randn(6, generator=generator), "advantages_T": torch.randn(6, generator=generator),
+        "loss_mask_T": mask, "log_low": -0.7, "log_high": 0.6, "tau": 0.1,
+    }  # fmt: skip
+    hidden, head = t.x_TD, t.gate_up_EGD[0]
+    layer = {"hidden_TD": hidden, "head_VD": head, "targets_T": targets}
+
+    def value(function: Callable) -> Callable:
+        return lambda **arguments: function(**arguments)[0]
+
+    def exact(function: Callable, logits: str = "logits_TV") -> Callable:
+        """The reference in float64, with the argument names of the op."""
+
+        def run(**arguments: Any) -> Tensor:
+            named = {logits if name == "logits_shard_TV" else name: v for name, v in arguments.items()}
+            wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in named.items()}
+            return function(**wide).float()
+
+        return run
+
+    def linear(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, **rest: Any) -> Tensor:
+        names = ("old_logprobs_T", "advantages_T", "loss_mask_T")
+        tensors = [rest.pop(name) for name in names]
+        return ops.reference_linear_clipped_log_ratio_loss(hidden_TD, head_VD, targets_T, *tensors, **rest)
+
+    return {
+        "clipped_log_ratio_loss": (
+            value(ops.clipped_log_ratio_loss),
+            exact(ops.reference_clipped_log_ratio_loss),
+            {"logprobs_T": torch.randn(6, generator=generator), **tokens},
+        ),
+        "vocab_parallel_clipped_log_ratio_loss": (
+            value(ops.vocab_parallel_clipped_log_ratio_loss),
+            exact(ops.reference_vocab_parallel_clipped_log_ratio_loss),
+            {"logits_shard_TV": hidden @ head.T, "targets_T": targets, **tokens},
+        ),
+        "linear_clipped_log_ratio_loss": (
+            value(ops.linear_clipped_log_ratio_loss), exact(linear), {**layer, **tokens}
+        ),
+        "linear_cross_entropy": (
+            ops.linear_cross_entropy, exact(ops.reference_linear_cross_entropy), {**layer, "loss_mask_T": mask}
+        ),
+    }  # fmt: skip
+
+
+def good_fp8(t: MoeTensors) -> dict[str, tuple[Callable, Callable, dict[str, Any]]]:
+    """Quantisation and the plain product."""
+    a, a_scales = ops.quantize_fp8(t.x_TD, (1, 128))
+    b, b_scales = ops.quantize_fp8(t.gate_up_EGD[0], (128, 128))
+    product = {"a_MK": a, "a_scales": a_scales, "b_NK": b, "b_scales": b_scales}
+    return {
+        "quantize_fp8": (ops.quantize_fp8, ops.reference_quantize_fp8, {"x": t.x_TD, "block": (1, 128)}),
+        "dequantize_fp8": (
+            ops.dequantize_fp8,
+            ops.reference_dequantize_fp8,
+            {"values": a, "scales": a_scales, "block": (1, 128)},
+        ),
+        "fp8_gemm": (ops.fp8_gemm, ops.reference_fp8_gemm, product),
+    }
+
+
 def break_tensor(value: Tensor, rng: random.Random) -> tuple[str, Any]:
     """One fault, or an unusual but valid form, of a tensor."""
     axis, dim = rng.randrange(value.dim()), value.dim()
@@ -72,14 +139,16 @@ def break_tensor(value: Tensor, rng: random.Random) -> tuple[str, Any]:
         ("one less", lambda: value.narrow(axis, 0, value.shape[axis] - 1)),
         ("empty", lambda: value.narrow(axis, 0, 0)),
         ("meta", lambda: value.to("meta")),
-        ("sparse", lambda: value.to_sparse()),
+        ("sparse", lambda: (value.float() if value.dtype == torch.float8_e4m3fn else value).to_sparse()),
         ("transposed strides", lambda: value.transpose(0, dim - 1).contiguous().transpose(0, dim - 1)),
         ("stride 0", lambda: flat[:1].reshape([1] * dim).expand(value.shape)),
         ("huge stride 0", lambda: flat[:1].reshape([1] * dim).expand([2**33, *value.shape[1:]])),
         ("gap", lambda: torch.stack([value, value], dim=-1)[..., 0]),
         ("offset view", lambda: torch.cat([flat[:1], flat])[1:].view(value.shape)),
     ]
-    if value.is_floating_point():
+    if value.dtype in (torch.bool, torch.float8_e4m3fn):
+        pass  # no value of theirs is wrong
+    elif value.is_floating_point():
         special = rng.choice((float("nan"), float("inf"), -float("inf"), 1e30, 0.0))
         index = rng.randrange(value.numel())
         kinds += [

@@ -9,7 +9,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr uint64_t kNone = ~0ull;
-constexpr size_t kGranule = 2;  // bytes that share one record; the smallest element of the kernels
+constexpr size_t kGranule = 1;  // bytes that share one record; the smallest element of the kernels
 constexpr int kReaders = 3;
 
 struct Reader {
