@@ -155,12 +155,10 @@ def _tensor_map_object(csrc: Path, flags: Sequence[str] = ()) -> Path:
 
 def _runtime_objects(flags: Sequence[str] = ()) -> list[Path]:
     sources = sorted(path for path in RUNTIME.glob("*.cpp") if not path.stem.endswith(("module", "main")))
-    # wgmma's loops are most of the time.
-    level = {"wgmma.cpp": ["-O3", "-mavx2"]}
-    return [
-        _compile(path, _runtime_headers(), _includes(), [*level.get(path.name, ["-O2"]), *_WARNINGS, *flags])
-        for path in sources
-    ]
+    # The loops of wgmma and of joined clocks are most of the time.
+    vectorized = ("wgmma.cpp", "clocks.cpp")
+    level = {path: ["-O3", "-mavx2"] if path.name in vectorized else ["-O2"] for path in sources}
+    return [_compile(path, _runtime_headers(), _includes(), [*level[path], *_WARNINGS, *flags]) for path in sources]
 
 
 def _module(objects: Sequence[Path], flags: Sequence[str]) -> ModuleType:

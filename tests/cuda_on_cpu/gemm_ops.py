@@ -15,6 +15,9 @@ SCALE_BLOCK = 128
 RUNS = (
     ("source", False, "in_order", 0),
     ("source", True, "random", 1),
+    ("source", True, "reverse", 0),
+    ("ptx", False, "in_order", 0),
+    ("ptx", False, "reverse", 0),
     ("ptx", False, "random", 2),
     ("ptx", True, "in_order", 0),
     ("ptx", True, "reverse", 0),
