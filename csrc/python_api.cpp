@@ -11,6 +11,7 @@
 #include "linear_loss/api.h"
 #if defined(K25_WITH_CUDA)
 #include "common/cuda_device.h"
+#include "gemm/api.h"
 #endif
 
 namespace {
@@ -173,7 +174,39 @@ py::dict cuda_info() {
 }
 
 #if defined(K25_WITH_CUDA)
+void bind_cuda_gemms(py::module_& module) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  module.def(
+      "gemm_bf16",
+      [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t columns, int64_t depth,
+         int64_t num_experts, bool b_is_transposed, int out_dtype, Address stream) {
+        cuda::gemm_bf16({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, columns, depth,
+                         num_experts, b_is_transposed, DType(out_dtype)},
+                        at<void>(stream));
+      },
+      release());
+  module.def(
+      "gemm_bf16_weight_grads",
+      [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t a_width, int64_t b_width,
+         int64_t num_experts, int out_dtype, Address stream) {
+        cuda::gemm_bf16_weight_grads({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, a_width,
+                                      b_width, num_experts, DType(out_dtype)},
+                                     at<void>(stream));
+      },
+      release());
+  module.def(
+      "gemm_fp8",
+      [](Address a, Address b, Address a_scales, Address b_scales, Address offsets, Address out, int64_t rows,
+         int64_t columns, int64_t depth, int64_t num_experts, int out_dtype, Address stream) {
+        cuda::gemm_fp8({at<void>(a), at<void>(b), at<float>(a_scales), at<float>(b_scales), at<int32_t>(offsets),
+                        at<void>(out), rows, columns, depth, num_experts, DType(out_dtype)},
+                       at<void>(stream));
+      },
+      release());
+}
+
 void bind_cuda(py::module_ module) {
+  bind_cuda_gemms(module);
   bind_ops<Stream>(
       module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
                cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward, cuda::token_losses, cuda::logit_stats,

@@ -14,7 +14,7 @@ constexpr int lanes = Tile<Math>::kVectorLanes;
 constexpr int64_t columns = Tile<Math>::kColumns;
 constexpr int64_t kUnits = kFp8Tile / Math::kElementsPerUnit;  // of one row in one tile
 constexpr int64_t kDecodedBytes = 64 << 20;                    // of a, at a time
-constexpr int64_t kRowsAtOnce = 64 * kTileRows;
+constexpr int64_t kRowsAtOnce = 128 * kTileRows;               // b is decoded again for each
 static_assert(kFp8Tile % columns == 0, "a panel has one scale of square tiles");
 
 K25_INLINE void put_unit(float* to, F32V value) { store(to, value); }

@@ -14,6 +14,7 @@ from k25sys.ops.dispatch import reference_dispatch
 from k25sys.ops.grouped_mm import grouped_mm_expert_mlp
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, check_plan, plan_dispatch, reference_plan_dispatch
+from k25sys.ops.quantize_fp8 import dequantize_fp8, quantize_fp8
 from k25sys.ops.swiglu import reference_swiglu
 
 
@@ -45,6 +46,7 @@ def expert_mlp(
     gate_up_main_grad: Tensor | None = None,
     down_main_grad: Tensor | None = None,
     backend: str | None = None,
+    activation_store: str = "exact",
 ) -> Tensor:
     """y_t = sum over k of weights_tk * down_e (silu(gate_e x_t) * (up_e x_t)), e = experts_tk (Kimi K2's experts).
 
@@ -60,6 +62,9 @@ def expert_mlp(
             float32. The backward adds the weight gradients to them, and the weights' own .grad stays None (Megatron's
             gradient_accumulation_fusion).
         backend: None picks "native" on the CPU and "torch_grouped_mm" on CUDA; see k25sys.ops.backends.
+        activation_store: "exact" saves the tokens and the inputs of SwiGLU for the backward as they are; "fp8" as E4M3
+            in tiles of 1 x 128, as K2.5 trains (K2, section 2.4.3): a little over half of the memory of bfloat16, and
+            gradients of the rounded values. Native backend, float32 and bfloat16.
 
     Returns:
         y_TD (T, D), differentiable (once) in x, both weights and the routing weights. On the native backend it and its
@@ -87,6 +92,11 @@ def expert_mlp(
             raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
     main_grads = _checked_main_grads(op, x_TD, gate_up_EGD, down_EDI, gate_up_main_grad, down_main_grad)
     name = backends.choose(op, backend, x_TD.device, x_TD.dtype)
+    if activation_store not in ("exact", "fp8"):
+        raise ArgumentValueError(message(op, "activation_store", repr(activation_store), "'exact' or 'fp8'"))
+    if activation_store == "fp8" and (name != "native" or x_TD.dtype == torch.float64):
+        got = f"'fp8' with {x_TD.dtype} on backend {name}"
+        raise ArgumentValueError(message(op, "activation_store", got, "'fp8' with float32 or bfloat16 on native"))
     if name == "torch_grouped_mm":
         if packed is not None:
             raise ArgumentValueError(message(op, "packed", "PackedExperts", "None with backend torch_grouped_mm"))
@@ -94,7 +104,7 @@ def expert_mlp(
     packs = [] if packed is None else packed.tensors(gate_up_EGD, down_EDI)
     return _OP(
         x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK, packs,
-        *main_grads, False,
+        *main_grads, False, activation_store == "fp8",
     )[0]  # fmt: skip
 
 
@@ -168,7 +178,7 @@ def _check_packs(op: str, packs: Sequence[Tensor], counts: tuple[int, ...], gate
 def _fake(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool,
+    save: bool, store_fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check("expert_mlp", x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
     rows = x.new_empty((slot_of_row.shape[0], gate_up.shape[1])) if save else x.new_empty((0,))
@@ -178,7 +188,7 @@ def _fake(
 def _kernel(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool,
+    save: bool, store_fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "expert_mlp"
     _check(op, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
@@ -280,11 +290,24 @@ def _accumulate_kernel(
     return native.or_empty(grad_x, x), native.or_empty(grad_weights, weights)
 
 
+def _stored(value: Tensor, store_fp8: bool) -> tuple[Tensor, ...]:
+    """An activation as it waits for the backward."""
+    return quantize_fp8(value, (1, 128)) if store_fp8 else (value,)
+
+
+def _restored(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return stored[0] if len(stored) == 1 else dequantize_fp8(stored[0], stored[1], (1, 128), dtype)
+
+
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packs: list[Tensor], main_grads: tuple[Tensor | None, Tensor | None], *inputs: Tensor) -> Any:
-        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True)
-        ctx.save_for_backward(*inputs, gate_up_rows, *packs[2:])
+    def forward(
+        ctx: Any, packs: list[Tensor], main_grads: tuple[Tensor | None, Tensor | None], store_fp8: bool, *inputs: Tensor
+    ) -> Any:
+        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True, False)
+        stored = [*_stored(inputs[0], store_fp8), *_stored(gate_up_rows, store_fp8)]
+        ctx.num_stored, ctx.dtype = len(stored), y.dtype
+        ctx.save_for_backward(*stored, *inputs[1:], *packs[2:])
         ctx.main_grads = main_grads  # not saved tensors: they change between microbatches, and may
         ctx.mark_non_differentiable(gate_up_rows)
         return y, gate_up_rows
@@ -292,28 +315,32 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[2:6])
-        saved, packs = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+        needs = list(ctx.needs_input_grad[3:7])
+        stored, rest = ctx.saved_tensors[: ctx.num_stored], ctx.saved_tensors[ctx.num_stored :]
+        half = ctx.num_stored // 2
+        x, gate_up_rows = _restored(stored[:half], ctx.dtype), _restored(stored[half:], ctx.dtype)
+        saved, packs = (x, *rest[:6], gate_up_rows), list(rest[6:])
         if ctx.main_grads[0] is None:
             grads = list(_BACKWARD(grad, *saved, packs, needs))
         else:
             grad_x, grad_weights = _ACCUMULATE(grad, *saved, packs, *ctx.main_grads, needs)
             grads, needs = [grad_x, None, None, grad_weights], [needs[0], False, False, needs[3]]
-        return None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return None, None, None, *grads, None, None, None
 
 
 def _autograd(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool,
+    save: bool, store_fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs, main_grads = (
         (x, gate_up, down, weights, offsets, slot_of_row, row_of_slot),
         (gate_up_main_grad, down_main_grad),
     )
     if native.wants_grad(x, gate_up, down, weights):
-        return _ExpertMlp.apply(packs, main_grads, *inputs)
-    return _OP.below_autograd(*inputs, packs, *main_grads, save)
+        return _ExpertMlp.apply(packs, main_grads, store_fp8, *inputs)
+    return _OP.below_autograd(*inputs, packs, *main_grads, save, store_fp8)
 
 
 _SAVED = (
@@ -321,8 +348,8 @@ _SAVED = (
     "Tensor row_of_slot_TK"
 )
 _OP = native.define(
-    f"expert_mlp({_SAVED}, Tensor[] packed, Tensor? gate_up_main_grad, Tensor? down_main_grad, bool save)"
-    " -> (Tensor, Tensor)",
+    f"expert_mlp({_SAVED}, Tensor[] packed, Tensor? gate_up_main_grad, Tensor? down_main_grad, bool save, "
+    "bool store_fp8) -> (Tensor, Tensor)",
     _kernel, _fake, _autograd,
 )  # fmt: skip
 _BACKWARD = native.define(

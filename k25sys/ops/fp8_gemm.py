@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from k25sys.errors import DTypeError, message
+from k25sys.errors import DeviceError, DTypeError, message
 from k25sys.ops import checks, native
 from k25sys.ops.quantize_fp8 import E4M3, NARROW, TILE, check_values, reference_dequantize_fp8
 
@@ -168,16 +168,19 @@ def _kernel(
     out = _fake(a, a_scales, b, b_scales, offsets, grouping, to_bf16)
     num_groups = 1 if offsets is None else offsets.shape[0] - 1
     a, a_scales, b, b_scales = (value.contiguous() for value in (a, a_scales, b, b_scales))
-    size = a.shape[1] if grouping == _REDUCTION else a.shape[0]
+    offsets = None if offsets is None else offsets.contiguous()
+    sizes = (a.shape[0], out.shape[-1], a.shape[1], num_groups)
+    code, where = native.DTYPE_CODES[out.dtype], native.where(a.device)
+    if a.device.type == "cuda":
+        if grouping != _ROWS:
+            raise DeviceError(message("fp8_gemm", "device", str(a.device), "cpu", "on CUDA transpose when quantising"))
+        addresses = [native.address(v) for v in (a, b, a_scales, b_scales, offsets, out)]
+        native.kernels("fp8_gemm", a.device).gemm_fp8(*addresses, *sizes, code, where)
+        return out
     if offsets is None:
-        offsets = torch.tensor([0, size], dtype=torch.int32)
-    offsets = offsets.contiguous()
-    columns = out.shape[-1]
+        offsets = torch.tensor([0, a.shape[0]], dtype=torch.int32)
     addresses = [v.data_ptr() for v in (a, a_scales, b, b_scales, offsets, out)]
-    native.cpu_only("fp8_gemm", a.device).fp8_gemm(
-        *addresses, a.shape[0], columns, a.shape[1], num_groups, grouping, native.DTYPE_CODES[out.dtype],
-        native.where(a.device),
-    )  # fmt: skip
+    native.cpu_only("fp8_gemm", a.device).fp8_gemm(*addresses, *sizes, grouping, code, where)
     return out
 
 

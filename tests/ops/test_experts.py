@@ -221,3 +221,26 @@ class TestPackedExperts:
         packed = ops.PackedExperts(t.gate_up_EGD, t.down_EDI)
         with pytest.raises(ValueError, match="expert_mlp: packed: got packs of other weights"):
             ops.expert_mlp(t.x_TD, t.gate_up_EGD.clone(), t.down_EDI, t.weights_TK, t.experts_TK, packed=packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch.dtype) -> None:
+    case = MoeCase(num_tokens=40, num_experts=4, top_k=2, dim=200, width=130, dtype=dtype, routing="uniform", seed=6)
+    t = case.tensors()
+
+    def run(store: str) -> tuple[list[Tensor], int]:
+        leaves = [value.clone().requires_grad_() for value in t.layer]
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+            y = ops.expert_mlp(*leaves, t.experts_TK, activation_store=store)
+        held = sum(v.nbytes for v in saved if v.dim() == 2 and v.shape[0] in (40, 80) and v.shape[1] > 2)
+        return [y.detach(), *torch.autograd.grad(y, leaves, t.grad_TD)], held
+
+    (exact, exact_bytes), (rounded, rounded_bytes) = run("exact"), run("fp8")
+    assert not first_difference(exact[0], rounded[0])
+    for a, b in zip(rounded[1:], exact[1:], strict=True):
+        assert 0 < relative_error(a, b) < 0.2
+    assert rounded_bytes < 1.1 * exact_bytes / exact[0].element_size()
+    for store, backend in (("half", None), ("fp8", "torch_grouped_mm")):
+        with pytest.raises(ValueError, match="expert_mlp: activation_store: got"):
+            ops.expert_mlp(*t.layer, t.experts_TK, activation_store=store, backend=backend)

@@ -6,6 +6,17 @@ namespace k25::cpu::K25_ISA {
 
 typedef uint8_t U8V __attribute__((vector_size(kLanes)));
 
+K25_INLINE U8V narrow_to_bytes(U32V words) {  // each below 256
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(K25_EMULATED_BF16)
+  const __m256i halves = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  const __m256i bytes = _mm256_packus_epi16(halves, halves);  // each half of 128 bits four times
+  typedef uint32_t U32x2 __attribute__((vector_size(8)));
+  return (U8V)U32x2{uint32_t(_mm256_extract_epi32(bytes, 0)), uint32_t(_mm256_extract_epi32(bytes, 4))};
+#else
+  return __builtin_convertvector(words, U8V);
+#endif
+}
+
 // Nearest, ties to even; what lies beyond 448 becomes 448, NaN and infinities NaN.
 K25_INLINE U8V encode_e4m3(F32V value) {
   const U32V bits = (U32V)value;
@@ -16,7 +27,7 @@ K25_INLINE U8V encode_e4m3(F32V value) {
   U32V code = (U32V)(size < 0x3c800000u) ? subnormal : normal;
   code = (U32V)(size > 0x43e00000u) ? U32V{} + 0x7eu : code;
   code = (U32V)(size >= 0x7f800000u) ? U32V{} + 0x7fu : code;
-  return __builtin_convertvector(code | sign, U8V);
+  return narrow_to_bytes(code | sign);
 }
 
 K25_INLINE F32V decode_e4m3(U8V codes) {
@@ -29,13 +40,22 @@ K25_INLINE F32V decode_e4m3(U8V codes) {
   return (F32V)(bits | (code & 0x80u) << 24);
 }
 
+// The first `count` codes, zeros after them.
 K25_INLINE U8V load_codes(const uint8_t* from, int64_t count) {
   U8V codes{};
-  std::memcpy(&codes, from, size_t(count < kLanes ? count : kLanes));
+  if (count >= kLanes) {
+    std::memcpy(&codes, from, kLanes);  // of a known size: no call
+  } else {
+    std::memcpy(&codes, from, size_t(count));
+  }
   return codes;
 }
 K25_INLINE void store_codes(uint8_t* to, U8V codes, int64_t count) {
-  std::memcpy(to, &codes, size_t(count < kLanes ? count : kLanes));
+  if (count >= kLanes) {
+    std::memcpy(to, &codes, kLanes);
+  } else {
+    std::memcpy(to, &codes, size_t(count));
+  }
 }
 
 }  // namespace k25::cpu::K25_ISA
