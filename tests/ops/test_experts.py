@@ -241,6 +241,7 @@ def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch
     for a, b in zip(rounded[1:], exact[1:], strict=True):
         assert 0 < relative_error(a, b) < 0.2
     assert rounded_bytes < 1.1 * exact_bytes / exact[0].element_size()
+    layer = list(t.layer)
     for store, backend in (("half", None), ("fp8", "torch_grouped_mm")):
         with pytest.raises(ValueError, match="expert_mlp: activation_store: got"):
-            ops.expert_mlp(*t.layer, t.experts_TK, activation_store=store, backend=backend)
+            ops.expert_mlp(*layer, t.experts_TK, activation_store=store, backend=backend)
