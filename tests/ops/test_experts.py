@@ -1,5 +1,7 @@
 """expert_mlp against its reference in float64: all instruction sets, shapes, threads, accumulation, packs."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,12 +229,13 @@ class TestPackedExperts:
 def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch.dtype) -> None:
     case = MoeCase(num_tokens=40, num_experts=4, top_k=2, dim=200, width=130, dtype=dtype, routing="uniform", seed=6)
     t = case.tensors()
+    layer: Callable[..., Tensor] = ops.expert_mlp
 
     def run(store: str) -> tuple[list[Tensor], int]:
         leaves = [value.clone().requires_grad_() for value in t.layer]
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
-            y = ops.expert_mlp(*leaves, t.experts_TK, activation_store=store)
+            y = layer(*leaves, t.experts_TK, activation_store=store)
         held = sum(v.nbytes for v in saved if v.dim() == 2 and v.shape[0] in (40, 80) and v.shape[1] > 2)
         return [y.detach(), *torch.autograd.grad(y, leaves, t.grad_TD)], held
 
@@ -241,7 +244,6 @@ def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch
     for a, b in zip(rounded[1:], exact[1:], strict=True):
         assert 0 < relative_error(a, b) < 0.2
     assert rounded_bytes < 1.1 * exact_bytes / exact[0].element_size()
-    layer = list(t.layer)
     for store, backend in (("half", None), ("fp8", "torch_grouped_mm")):
         with pytest.raises(ValueError, match="expert_mlp: activation_store: got"):
-            ops.expert_mlp(*layer, t.experts_TK, activation_store=store, backend=backend)
+            layer(*t.layer, t.experts_TK, activation_store=store, backend=backend)
