@@ -3,7 +3,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -16,34 +15,12 @@
 #include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
 #include "swiglu/api.h"
+#include "tests/expect.h"
 
 namespace {
 
 using namespace k25;
-
-int failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  ++failures;
-}
-
-template <class Error>
-void expect_throws(const std::function<void()>& call, const char* what) {
-  try {
-    call();
-  } catch (const Error&) {
-    return;
-  }
-  expect(false, what);
-}
-
-// Exactly as long as said, so that the sanitizer sees one element too far.
-template <class T>
-std::vector<T> sized(int64_t count, T value = T()) {
-  return std::vector<T>(size_t(count), value);
-}
+using namespace k25::tests;
 
 struct Layer {
   int64_t num_tokens, num_experts, dim, width;
@@ -99,16 +76,6 @@ std::vector<double> reference_token(const Layer& l, int64_t t) {
     }
   }
   return y;
-}
-
-std::vector<uint16_t> to_bf16(const std::vector<float>& values) {
-  auto out = sized<uint16_t>(int64_t(values.size()));
-  for (size_t i = 0; i < values.size(); ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &values[i], 4);
-    out[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-  return out;
 }
 
 // Forward and backward with every output; Element is float or uint16_t (bf16).
@@ -336,7 +303,7 @@ int main() {
       test_pooling(128, 1, 3, num_threads);
       test_pooling(0, 2, 2, num_threads);
     }
-    std::printf("%s: %s\n", isa.c_str(), failures ? "FAILED" : "ok");
+    std::printf("%s: %s\n", isa.c_str(), failures() ? "FAILED" : "ok");
   }
-  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+  return failures() ? EXIT_FAILURE : EXIT_SUCCESS;
 }
