@@ -24,15 +24,13 @@ double measure(double seconds) {
   for (int r = 0; r < kTileRows; ++r) rows[r] = a[r];
   const double flop = 2.0 * kTileRows * double(Tile<Math>::kColumns) * double(units) * Math::kElementsPerUnit;
   constexpr int calls = 200;
-  double best = 0;
-  const double end = seconds_now() + seconds;
-  while (seconds_now() < end) {
-    const double start = seconds_now();
+  const double start = seconds_now();
+  double spent = 0;
+  int64_t rounds = 0;
+  for (; rounds == 0 || spent < seconds; ++rounds, spent = seconds_now() - start) {
     for (int i = 0; i < calls; ++i) multiply_tile<Math, kTileRows, 1>(units, rows, b, TileSink<Math>{c, true});
-    const double rate = calls * flop / (seconds_now() - start);
-    best = rate > best ? rate : best;
   }
-  return best * 1e-9;
+  return double(rounds) * calls * flop / spent * 1e-9;
 }
 
 }  // namespace

@@ -159,7 +159,7 @@ class ScratchBuffers {
     void* data = nullptr;
     int64_t bytes = 0;
   };
-  Buffer buffers_[4];
+  Buffer buffers_[5];
 };
 
 }  // namespace

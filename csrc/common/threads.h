@@ -32,7 +32,7 @@ void parallel_ranges(int64_t count, int64_t grain, int num_threads, const Task& 
 const char* thread_runtime();
 
 // Scratch of the calling thread, 64-byte aligned, at least `bytes` long; a slot's buffer is kept for the next call.
-enum class Scratch : int { a_pack = 0, b_pack = 1, partial = 2, pointers = 3 };
+enum class Scratch : int { a_pack = 0, b_pack = 1, partial = 2, pointers = 3, lines = 4 };
 void* thread_scratch(Scratch slot, int64_t bytes);
 
 }  // namespace k25::cpu

@@ -43,6 +43,8 @@ struct Experts {
   using Scalar = typename Tile<Math>::Scalar;
   static constexpr int lanes = Tile<Math>::kVectorLanes;
   static constexpr int64_t columns = Tile<Math>::kColumns;
+  static constexpr int64_t kElementsPerLine = 64 / int64_t(sizeof(Element));
+  static constexpr int64_t kLinesPerRow = (columns + kElementsPerLine - 1) / kElementsPerLine;  // of one panel
 
   static int64_t gate_up_panel_units(int64_t dim, int64_t width) {
     return Panels<Math>::pair_count(width) * units_of<Math>(dim) * columns;
@@ -54,41 +56,57 @@ struct Experts {
   // --- packing ---------------------------------------------------------------------------------------------------
   // Panels of neighbouring columns of a matrix whose rows are the reduction.
   struct PackColumns {
+    static constexpr bool kInPieces =
+        true;  // rows lie a power of two apart: a whole block does not fit the cache's sets
     const Element* matrix;
     int64_t num_columns;
 
     void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
-      const PanelColumns at = Panels<Math>::columns(panel, num_columns);
-      const Rows<Element> rows{matrix, num_columns};
-      for (int v = 0; v < kTileVectors; ++v) {
-        pack_rows<Math>(to + v * lanes, columns, rows, at.count[v] > 0 ? at.first[v] : 0, at.count[v], begin, end);
-      }
+      pack_row_panel<Math>(to, Rows<Element>{matrix, num_columns}, panel * columns,
+                           at_most(columns, num_columns - panel * columns), begin, end);
     }
-    // Neighbouring rows lie on different pages: the hardware does not foresee them.
-    void prefetch(int64_t panel, int64_t begin, int64_t end) const {
-      constexpr int64_t line = 64 / int64_t(sizeof(Element));
+    static int64_t most_lines(int64_t elements) { return elements * kLinesPerRow; }
+    int64_t lines(const void** to, int64_t panel, int64_t begin, int64_t end) const {
+      const void** at = to;
       for (int64_t row = begin; row < end; ++row) {
         const Element* from = matrix + row * num_columns + panel * columns;
-        for (int64_t c = 0; c < columns; c += line) __builtin_prefetch(from + c, 0, 2);
+        for (int64_t c = 0; c < columns; c += kElementsPerLine) *at++ = from + c;
       }
+      return at - to;
     }
   };
 
   // Panels whose columns are rows of the matrix: the reduction runs along them.
   struct PackRows {
+    static constexpr bool kInPieces = false;
     const Element* matrix;
     int64_t row_length;
     int64_t num_columns;  // of the panels; for gate_up, of the gate
     bool is_gate_up;
 
+    PanelColumns columns_of(int64_t panel) const {
+      return is_gate_up ? Panels<Math>::pair_columns(panel, num_columns) : Panels<Math>::columns(panel, num_columns);
+    }
     void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
-      const PanelColumns at =
-          is_gate_up ? Panels<Math>::pair_columns(panel, num_columns) : Panels<Math>::columns(panel, num_columns);
+      const PanelColumns at = columns_of(panel);
       for (int v = 0; v < kTileVectors; ++v) {
         pack_transposed<Math>(to + v * lanes, matrix, row_length, at.first[v], at.count[v], begin, end);
       }
     }
-    void prefetch(int64_t, int64_t, int64_t) const {}  // long runs: the hardware does
+    static int64_t most_lines(int64_t elements) {
+      return columns * ((elements + kElementsPerLine - 1) / kElementsPerLine);
+    }
+    int64_t lines(const void** to, int64_t panel, int64_t begin, int64_t end) const {
+      const void** at = to;
+      const PanelColumns wanted = columns_of(panel);
+      for (int v = 0; v < kTileVectors; ++v) {
+        for (int64_t r = 0; r < wanted.count[v]; ++r) {
+          const Element* row = matrix + (wanted.first[v] + r) * row_length;
+          for (int64_t k = begin; k < end; k += kElementsPerLine) *at++ = row + k;
+        }
+      }
+      return at - to;
+    }
   };
 
   static int64_t units_per_expert(const PackWeights& p) {
@@ -205,6 +223,13 @@ struct Experts {
     const auto* saved = static_cast<const Element*>(p.gate_up_rows);
     auto* grad = static_cast<Element*>(p.grad_gate_up_rows);
     auto* act = static_cast<Element*>(p.weighted_act_rows);
+    for (int r = 0; r < count; ++r) {  // the rows' misses at once, not one after the other
+      const Element* gate = saved + (row + r) * 2 * p.width + at.first[0];
+      for (int64_t i = 0; i < columns; i += kElementsPerLine) {
+        __builtin_prefetch(gate + i);
+        __builtin_prefetch(gate + p.width + i);
+      }
+    }
     for (int r = 0; r < count; ++r, c += columns) {
       const int64_t base = (row + r) * 2 * p.width;
       const Scalar weight = weight_of(p.weights, p.slot_of_row, row + r);

@@ -43,8 +43,10 @@ struct PanelTask {
 }
 
 // c = rows(A) @ B for rows [row_begin, row_end) and panels [task.begin, task.end). pack(to, panel, begin, end) packs
-// elements [begin, end) of the reduction, unless `kept` holds the expert's panels packed already; pack.prefetch(panel,
-// begin, end) asks for them while the panel before is multiplied.
+// elements [begin, end) of the reduction, unless `kept` holds the expert's panels packed already. pack.lines(to, panel,
+// begin, end) lists the cache lines that it will read, at most pack.most_lines(elements) of them: they are asked for
+// while the block before is multiplied. With Pack::kInPieces the next block is packed then too, a piece after each
+// tile.
 template <class Math, class Pack, class Epilogue>
 void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_begin, int64_t row_end, int64_t depth,
                           const PanelTask& task, const typename Math::Unit* kept, const Pack& pack,
@@ -52,6 +54,7 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
   using Unit = typename Math::Unit;
   using Scalar = typename Tile<Math>::Scalar;
   constexpr int64_t columns = Tile<Math>::kColumns;
+  constexpr int64_t kLineElements = 64 / int64_t(sizeof(typename Math::Element));
   const int64_t num_units = units_of<Math>(depth);
   const int64_t block = units_per_block<Math>();
   const bool blocked = num_units > block;
@@ -65,10 +68,13 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
   auto** pointers = static_cast<const Unit**>(thread_scratch(Scratch::pointers, chunk * int64_t(sizeof(Unit*))));
   auto* partial = static_cast<Scalar*>(
       thread_scratch(Scratch::partial, (blocked ? chunk : kTileRows) * columns * int64_t(sizeof(Scalar))));
-  auto* panel_space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kPanelBytes));
+  auto* space = static_cast<Unit*>(thread_scratch(Scratch::b_pack, 2 * kPanelBytes));
+  auto* next_space = space + kPanelBytes / int64_t(sizeof(Unit));
   auto* row_space =
       in_place ? nullptr
                : static_cast<Unit*>(thread_scratch(Scratch::a_pack, chunk * num_units * int64_t(sizeof(Unit))));
+  const int64_t most_lines = kept ? 0 : pack.most_lines(at_most(block * Math::kElementsPerUnit, depth));
+  auto** lines = static_cast<const void**>(thread_scratch(Scratch::lines, most_lines * int64_t(sizeof(void*))));
 
   for (int64_t first = row_begin; first < row_end; first += chunk) {
     const int64_t rows = at_most(chunk, row_end - first);
@@ -80,30 +86,44 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
         pointers[r] = row_space + r * num_units;
       }
     }
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+    bool is_packed = kept != nullptr;
     for (int64_t panel = task.begin; panel < task.end; ++panel) {
       int64_t done = 0;
       do {  // once even where depth is 0: the epilogue then sees zeros
         const int64_t units = at_most(block, num_units - done);
-        const Unit* b = kept ? kept + (panel * num_units + done) * columns : panel_space;
-        if (!kept) {
-          pack(panel_space, panel, done * Math::kElementsPerUnit,
-               at_most((done + units) * Math::kElementsPerUnit, depth));
-        }
+        const int64_t end = at_most((done + units) * Math::kElementsPerUnit, depth);
+        if (!is_packed) pack(space, panel, done * Math::kElementsPerUnit, end);
+        const Unit* b = kept ? kept + (panel * num_units + done) * columns : space;
         const bool panel_ends = done + units == num_units;
-        const int64_t next_begin = panel_ends ? 0 : (done + units) * Math::kElementsPerUnit;
-        const int64_t next_size = at_most(block * Math::kElementsPerUnit, depth - next_begin);
-        const bool prefetches = !kept && (!panel_ends || panel + 1 < task.end);
-        for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t next_panel = panel + panel_ends, next_begin = panel_ends ? 0 : end;
+        const bool packs_next = !kept && next_panel < task.end;
+        const int64_t next_end = packs_next ? at_most(next_begin + block * Math::kElementsPerUnit, depth) : next_begin;
+        const int64_t all_lines =
+            packs_next && !Pack::kInPieces ? pack.lines(lines, next_panel, next_begin, next_end) : 0;
+        const int64_t piece = ((next_end - next_begin) / tiles / kLineElements + 1) * kLineElements;
+        for (int64_t r = 0, tile = 0; r < rows; r += kTileRows, ++tile) {
           const int count = int(at_most(kTileRows, rows - r));
-          if (prefetches) {
-            pack.prefetch(panel + panel_ends, next_begin + next_size * r / rows,
-                          next_begin + next_size * (r + count) / rows);
-          }
           const Unit* tile_rows[kTileRows];
           for (int i = 0; i < count; ++i) tile_rows[i] = pointers[r + i] + done;
           Scalar* c = partial + (blocked ? r * columns : 0);
-          multiply_rows<Math, 1>(count, units, tile_rows, b, TileSink<Math>{c, done > 0});
+          const int64_t piece_begin = at_most(next_begin + tile * piece, next_end);
+          const int64_t piece_end = at_most(piece_begin + piece, next_end);
+          const int64_t line = all_lines * tile / tiles;
+          LinesAhead ahead{lines + line, all_lines * (tile + 1) / tiles - line};
+          if (Pack::kInPieces && packs_next) ahead.count = pack.lines(lines, next_panel, piece_begin, piece_end);
+          multiply_rows<Math, 1>(count, units, tile_rows, b, TileSink<Math>{c, done > 0}, ahead);
           if (panel_ends) epilogue(first + r, count, panel, c);
+          if (Pack::kInPieces && piece_begin < piece_end) {
+            Unit* to = next_space + (piece_begin - next_begin) / Math::kElementsPerUnit * columns;
+            pack(to, next_panel, piece_begin, piece_end);
+          }
+        }
+        if (Pack::kInPieces && packs_next) {
+          Unit* packed = next_space;
+          next_space = space;
+          space = packed;
+          is_packed = true;
         }
         done += units;
       } while (done < num_units);

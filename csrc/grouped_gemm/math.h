@@ -87,11 +87,20 @@ struct TileSink {
   }
 };
 
+// Cache lines that a tile asks for while it multiplies, one for each kUnitsPerLine units of its reduction: what is
+// packed next then comes from memory in the time of this tile. (All at once they would fill the miss buffers and stall
+// it.)
+struct LinesAhead {
+  static constexpr int kUnitsPerLine = 2;
+  const void* const* lines = nullptr;
+  int64_t count = 0;
+};
+
 // a(kRows, num_units) @ b(num_units, kColumns), row by row to sink.put(row, sums). Row r of A has its units at
 // a[r] + k * kStep; B holds kColumns units for each k.
 template <class Math, int kRows, int kStep, class Sink>
 __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename Math::Unit* const* a,
-                                             const typename Math::Unit* b, const Sink& sink) {
+                                             const typename Math::Unit* b, const Sink& sink, LinesAhead ahead = {}) {
   using Vector = typename Math::Vector;
   using Unit = typename Math::Unit;
   constexpr int lanes = Tile<Math>::kVectorLanes;
@@ -106,8 +115,7 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
   const Unit* row[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < num_units; ++k, b += Tile<Math>::kColumns) {
+  const auto step = [&](int64_t k) K25_INLINE_LAMBDA {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       Unit unit;
@@ -115,27 +123,36 @@ __attribute__((noinline)) void multiply_tile(int64_t num_units, const typename M
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Math::multiply_add(sum[r][v], unit, b + v * lanes);
     }
+    b += Tile<Math>::kColumns;
+  };
+  int64_t k = 0;
+  for (int64_t i = 0; i < ahead.count && k + LinesAhead::kUnitsPerLine <= num_units; ++i) {
+    __builtin_prefetch(ahead.lines[i], 0, 2);
+#pragma GCC unroll 4
+    for (int u = 0; u < LinesAhead::kUnitsPerLine; ++u) step(k++);
   }
+#pragma GCC unroll 4
+  for (; k < num_units; ++k) step(k);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sink.put(r, sum[r]);
 }
 
 template <class Math, int kStep, class Sink>
 void multiply_rows(int num_rows, int64_t num_units, const typename Math::Unit* const* a, const typename Math::Unit* b,
-                   const Sink& sink) {
+                   const Sink& sink, LinesAhead ahead = {}) {
   switch (num_rows) {
     case 1:
-      return multiply_tile<Math, 1, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 1, kStep>(num_units, a, b, sink, ahead);
     case 2:
-      return multiply_tile<Math, 2, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 2, kStep>(num_units, a, b, sink, ahead);
     case 3:
-      return multiply_tile<Math, 3, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 3, kStep>(num_units, a, b, sink, ahead);
     case 4:
-      return multiply_tile<Math, 4, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 4, kStep>(num_units, a, b, sink, ahead);
     case 5:
-      return multiply_tile<Math, 5, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 5, kStep>(num_units, a, b, sink, ahead);
     default:
-      return multiply_tile<Math, 6, kStep>(num_units, a, b, sink);
+      return multiply_tile<Math, 6, kStep>(num_units, a, b, sink, ahead);
   }
 }
 

@@ -164,6 +164,28 @@ void pack_rows(typename Math::Unit* to, int64_t step, const Rows<typename Math::
   }
 }
 
+// The same for a whole panel of kColumns columns, of which `count` exist; each row is read once.
+template <class Math>
+void pack_row_panel(typename Math::Unit* to, const Rows<typename Math::Element>& rows, int64_t first, int64_t count,
+                    int64_t begin, int64_t end) {
+  using Element = typename Math::Element;
+  constexpr int lanes = Tile<Math>::kVectorLanes;
+  constexpr int per_unit = Math::kElementsPerUnit;
+  if (count < Tile<Math>::kColumns) {
+    for (int64_t v = 0; v < Tile<Math>::kColumns; v += lanes) {
+      const int64_t exist = at_least(0, at_most(lanes, count - v));
+      pack_rows<Math>(to + v, Tile<Math>::kColumns, rows, exist > 0 ? first + v : 0, exist, begin, end);
+    }
+    return;
+  }
+  for (int64_t m = begin; m < end; m += per_unit, to += Tile<Math>::kColumns) {
+    const Element* row = rows[m] + first;
+    const Element* next = per_unit == 2 && m + 1 < end ? rows[m + 1] + first : nullptr;
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) put_row(to + v * lanes, row + v * lanes, next ? next + v * lanes : nullptr);
+  }
+}
+
 // How far apart pack_tile_rows puts its tiles: the last vector of a tile reaches past it.
 template <class Math>
 constexpr int64_t tile_stride(int64_t num_units) {

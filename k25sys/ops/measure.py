@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,7 +52,7 @@ def peak_flops(dtype: torch.dtype, *, num_threads: int = 1, seconds: float = 0.2
     Args:
         dtype: float32, bfloat16 or float64.
         num_threads: at least 1.
-        seconds: CPU time of each thread; the best stretch counts.
+        seconds: CPU time of each thread, in nine stretches of which the median counts.
 
     Raises:
         TypeError, ValueError: an unknown dtype or a bad number.
@@ -59,8 +60,7 @@ def peak_flops(dtype: torch.dtype, *, num_threads: int = 1, seconds: float = 0.2
     checks.integer("peak_flops", "num_threads", num_threads, 1, 4096)
     checks.tensor("peak_flops", "dtype", torch.empty(0, dtype=dtype), checks.FLOATS, (None,), "N")
     code = native.DTYPE_CODES[dtype]
+    measure = native.kernels("peak_flops", torch.device("cpu")).peak_gflops
     with ThreadPoolExecutor(num_threads) as pool:
-        rates = pool.map(
-            lambda _: native.kernels("peak_flops", torch.device("cpu")).peak_gflops(code, seconds), range(num_threads)
-        )
-        return sum(rates) * 1e9
+        sums = [sum(pool.map(lambda _: measure(code, seconds / 9), range(num_threads))) for _ in range(9)]
+    return statistics.median(sums) * 1e9

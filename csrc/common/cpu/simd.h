@@ -12,6 +12,7 @@
 #include "common/types.h"
 
 #define K25_INLINE inline __attribute__((always_inline))
+#define K25_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace k25::cpu::K25_ISA {
 
