@@ -24,11 +24,24 @@ def run(case: MoeCase, function=ops.expert_mlp, dtype: torch.dtype | None = None
     return [y.detach(), *torch.autograd.grad(y, layer, t.grad_TD.to(y.dtype))]
 
 
+def weight_grad_scale(case: MoeCase) -> float:
+    """What rounding of the gradients of routing weights is relative to: |grad_t| |y_tk|, of which each is a product."""
+    t = case.tensors()
+    x, gate_up, down, _ = (value.double() for value in t.layer)
+    ones = torch.ones(case.num_tokens * case.top_k, 1, dtype=torch.float64)
+    rows = x.repeat_interleave(case.top_k, 0)
+    y = ops.reference_expert_mlp(rows, gate_up, down, ones, t.experts_TK.reshape(-1, 1))
+    return float((y.norm(dim=1) * t.grad_TD.double().norm(dim=1).repeat_interleave(case.top_k)).norm())
+
+
 def check(case: MoeCase, results: list[Tensor]) -> None:
     exact = run(case, ops.reference_expert_mlp, torch.float64)
     plain = run(case, ops.reference_expert_mlp)
     for name, value, reference, torchs in zip(NAMES, results, exact, plain, strict=True):
         assert torch.isfinite(value).all(), name
+        if name == "weights" and value.numel() < 64:
+            assert float((value - reference).norm()) <= tolerance(case.dtype) * weight_grad_scale(case), name
+            continue
         # A result of a few elements may be the small difference of large numbers: there plain torch loses digits too.
         limit = max(tolerance(case.dtype), 2 * relative_error(torchs, reference)) if value.numel() < 64 else None
         error = relative_error(value, reference)
