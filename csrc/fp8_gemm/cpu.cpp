@@ -15,16 +15,18 @@ constexpr int64_t columns = Tile<Math>::kColumns;
 constexpr int64_t kUnits = kFp8Tile / Math::kElementsPerUnit;  // of one row in one tile
 constexpr int64_t kDecodedBytes = 64 << 20;                    // of a, at a time
 constexpr int64_t kRowsAtOnce = 128 * kTileRows;               // b is decoded again for each
+constexpr int64_t kTileUnits = kUnits * columns;               // of b: one tile of the reduction in a panel
+constexpr int64_t kTilesAtOnce = at_least(kPanelBytes / (kTileUnits * int64_t(sizeof(Unit))), 1);
 static_assert(kFp8Tile % columns == 0, "a panel has one scale of square tiles");
 
-K25_INLINE void put_unit(float* to, F32V value) { store(to, value); }
-K25_INLINE void put_unit(Bf16* to, F32V value) { store(to, narrow(value)); }
+K25_INLINE void put_codes(float* to, U8V codes) { store(to, decode_e4m3(codes)); }
+K25_INLINE void put_codes(Bf16* to, U8V codes) { store(to, decode_e4m3_to_bf16(codes)); }
 
 // 128 codes, zeros after the first `count`.
 template <class T>
 void decode_tile(T* to, const uint8_t* codes, int64_t count) {
   for (int64_t i = 0; i < kFp8Tile; i += kLanes) {
-    put_unit(to + i, decode_e4m3(count > i ? load_codes(codes + i, count - i) : U8V{}));
+    put_codes(to + i, count > i ? load_codes(codes + i, count - i) : U8V{});
   }
 }
 K25_INLINE void decode_units(float* to, const uint8_t* codes, int64_t count) { decode_tile(to, codes, count); }
@@ -68,6 +70,8 @@ struct Gemm {
     return decoded + (tile * (chunk_end - chunk_begin) + row - chunk_begin) * kUnits;
   }
 
+  int64_t depth_of(int64_t tile) const { return at_most(kFp8Tile, p.k - tile * kFp8Tile); }
+
   Group group(int64_t g) const {
     const int64_t tiles = fp8_tiles(p.k), begin = p.offsets[g], end = p.offsets[g + 1];
     if (p.grouping == Fp8Grouping::reduction) {
@@ -84,7 +88,7 @@ struct Gemm {
       for (int64_t k = 0; k < depth; ++k) {
         const uint8_t* codes = g.b + (tile * kFp8Tile + k) * p.n + column;
         for (int64_t c = 0; c < columns; c += kLanes) {
-          store_compute(block + k * columns + c, decode_e4m3(count > c ? load_codes(codes + c, count - c) : U8V{}));
+          put_codes(block + k * columns + c, count > c ? load_codes(codes + c, count - c) : U8V{});
         }
       }
       const Rows<Bf16> rows{block, columns};
@@ -109,7 +113,7 @@ struct Gemm {
   }
 
   template <class Out>
-  void store_panel(const float* sums, int64_t out_row, int64_t rows, int64_t column, int64_t count) const {
+  void store_rows(const float* sums, int64_t out_row, int64_t rows, int64_t column, int64_t count) const {
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t c = 0; c < count; c += lanes) {
         store_partial(static_cast<Out*>(p.out) + (out_row + r) * p.n + column + c, load<F32V>(sums + r * columns + c),
@@ -118,32 +122,45 @@ struct Gemm {
     }
   }
 
+  // A block of the reduction is packed for all rows, which then take its tiles one after the other, so that the sums of
+  // a few rows stay in the first-level cache.
   void panel(const Group& g, int64_t column) const {
     const int64_t count = at_most(columns, p.n - column), tiles = fp8_tiles(p.k);
-    auto* packed = static_cast<Unit*>(thread_scratch(Scratch::b_pack, kUnits * columns * int64_t(sizeof(Unit))));
-    auto* sums = static_cast<float*>(thread_scratch(Scratch::partial, kRowsAtOnce * columns * 4));
-    float scales[columns];
+    auto* packed =
+        static_cast<Unit*>(thread_scratch(Scratch::b_pack, kTilesAtOnce * kTileUnits * int64_t(sizeof(Unit))));
+    const int64_t kept_rows = g.tile_end - g.tile_begin > kTilesAtOnce ? kRowsAtOnce : kTileRows;
+    auto* sums = static_cast<float*>(thread_scratch(Scratch::partial, kept_rows * columns * 4));
+    float scales[kTilesAtOnce][columns];
     for (int64_t begin = g.row_begin; begin < g.row_end; begin += kRowsAtOnce) {
       const int64_t rows = at_most(kRowsAtOnce, g.row_end - begin);
-      if (g.tile_begin == g.tile_end) std::memset(sums, 0, size_t(rows * columns) * 4);
-      for (int64_t tile = g.tile_begin; tile < g.tile_end; ++tile) {
-        const int64_t depth = at_most(kFp8Tile, p.k - tile * kFp8Tile);
-        pack(packed, scales, g, tile, depth, column, count);
+      int64_t first = g.tile_begin;
+      do {  // once even where the group is empty: its result is zeros
+        const int64_t last = at_most(first + kTilesAtOnce, g.tile_end);
+        for (int64_t tile = first; tile < last; ++tile) {
+          pack(packed + (tile - first) * kTileUnits, scales[tile - first], g, tile, depth_of(tile), column, count);
+        }
         for (int64_t r = 0; r < rows; r += kTileRows) {
           const int height = int(at_most(kTileRows, rows - r));
-          const Unit* tile_rows[kTileRows];
-          for (int i = 0; i < height; ++i) tile_rows[i] = decoded_row(tile, begin + r + i);
-          const PromotingSink sink{sums + r * columns, p.a_scales + (begin + r) * tiles + tile, tiles, scales,
-                                   tile == g.tile_begin};
-          multiply_rows<Math, 1>(height, units_of<Math>(depth), tile_rows, packed, sink);
+          float* c = sums + (kept_rows == kTileRows ? 0 : r * columns);
+          if (first == last) std::memset(c, 0, size_t(height * columns) * 4);
+          for (int64_t tile = first; tile < last; ++tile) {
+            const Unit* tile_rows[kTileRows];
+            for (int i = 0; i < height; ++i) tile_rows[i] = decoded_row(tile, begin + r + i);
+            const PromotingSink sink{c, p.a_scales + (begin + r) * tiles + tile, tiles, scales[tile - first],
+                                     tile == g.tile_begin};
+            multiply_rows<Math, 1>(height, units_of<Math>(depth_of(tile)), tile_rows,
+                                   packed + (tile - first) * kTileUnits, sink);
+          }
+          if (last < g.tile_end) continue;
+          const int64_t out_row = g.out_row + begin - g.row_begin + r;
+          if (p.out_dtype == DType::bf16) {
+            store_rows<Bf16>(c, out_row, height, column, count);
+          } else {
+            store_rows<float>(c, out_row, height, column, count);
+          }
         }
-      }
-      const int64_t out_row = g.out_row + begin - g.row_begin;
-      if (p.out_dtype == DType::bf16) {
-        store_panel<Bf16>(sums, out_row, rows, column, count);
-      } else {
-        store_panel<float>(sums, out_row, rows, column, count);
-      }
+        first = last;
+      } while (first < g.tile_end);
     }
   }
 };

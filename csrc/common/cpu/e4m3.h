@@ -40,6 +40,21 @@ K25_INLINE F32V decode_e4m3(U8V codes) {
   return (F32V)(bits | (code & 0x80u) << 24);
 }
 
+// The same as bits of bf16, which holds every code: half the width, and no rounding.
+K25_INLINE U16V decode_e4m3_to_bf16(U8V codes) {
+#if defined(__AVX512BF16__)
+  const U16V code = __builtin_convertvector(codes, U16V);
+  const U16V size = code & uint16_t(0x7f);
+  const U16V subnormal = {0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};  // multiples of 2^-9
+  U16V bits = (size << 4) + uint16_t(120 << 7);
+  bits = (U16V)(size < uint16_t(8)) ? __builtin_shuffle(subnormal, size) : bits;
+  bits = (U16V)(size == uint16_t(0x7f)) ? U16V{} + uint16_t(0x7fc0) : bits;
+  return bits | (code & uint16_t(0x80)) << 8;
+#else
+  return narrow(decode_e4m3(codes));
+#endif
+}
+
 // The first `count` codes, zeros after them.
 K25_INLINE U8V load_codes(const uint8_t* from, int64_t count) {
   U8V codes{};
