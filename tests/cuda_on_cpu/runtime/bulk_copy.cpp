@@ -25,11 +25,13 @@ struct Store {
   uint32_t group;
 };
 
-// Of one thread. Groups count from 1; group number i happens at time i of the two agents.
+// Of one thread. Groups count from 1; group number i happens at time i of the two agents, which a thread that stores
+// nothing, and commits and waits with those that do, does not need.
 struct StoreGroups {
   int thread;
   uint32_t committed = 0, read = 0;
   bool open = false;  // a store since the last commit
+  bool has_agents = false;
   uint32_t reads, writes;
 };
 
@@ -53,8 +55,6 @@ StoreGroups& groups_of_thread() {
   c.groups.push_back({});
   StoreGroups& groups = c.groups.back();
   groups.thread = thread;
-  groups.reads = new_agents("a bulk store from shared memory");
-  groups.writes = new_agents("a bulk store to global memory");
   return groups;
 }
 
@@ -129,6 +129,11 @@ void bulk_load(uint64_t shared, uint64_t map, uint64_t mbarrier, const int32_t* 
 void bulk_store(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line) {
   const BoxCopy box = box_of(shared, map, start, rank);
   StoreGroups& groups = groups_of_thread();
+  if (!groups.has_agents) {
+    groups.has_agents = true;
+    groups.reads = new_agents("a bulk store from shared memory");
+    groups.writes = new_agents("a bulk store to global memory");
+  }
   const uint32_t group = groups.committed + 1;
   note_shared(box, {Access::read, {groups.reads, group}, known_to_thread(), line});
   note_box_in_global(box, {Access::write, {groups.writes, group}, known_to_thread(), line});
@@ -148,7 +153,7 @@ void bulk_wait_group(uint32_t pending, bool read_only) {
   const uint32_t done = groups.committed - std::min(groups.committed, pending);
   perform_stores(groups.thread, done);
   groups.read = std::max(groups.read, done);
-  if (!clocks_enabled()) return;
+  if (!clocks_enabled() || !groups.has_agents) return;
   Clock& clock = clock_of(groups.thread);
   clock[groups.reads] = std::max(clock[groups.reads], done);
   if (!read_only) clock[groups.writes] = std::max(clock[groups.writes], done);

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "counts.h"
 #include "cuda_on_cpu.h"
 #include "executor.h"
 #include "gemm/api.h"
@@ -53,6 +54,25 @@ void run_kernel(const std::string& symbol, int num_blocks, int num_threads, size
   run_ptx_symbol(symbol, dim3(unsigned(num_blocks)), dim3(unsigned(num_threads)), shared_bytes, addresses.data());
 }
 
+pybind11::dict counts_as_dicts() {
+  pybind11::dict all;
+  for (const auto& [symbol, c] : counts_by_symbol()) {
+    pybind11::dict one;
+    one["launches"] = c.launches;
+    one["loaded_bytes"] = c.loaded_bytes;
+    one["stored_bytes"] = c.stored_bytes;
+    one["bulk_loaded_bytes"] = c.bulk_loaded_bytes;
+    one["bulk_stored_bytes"] = c.bulk_stored_bytes;
+    one["bf16_flop"] = c.bf16_flop;
+    one["e4m3_flop"] = c.e4m3_flop;
+    one["num_blocks"] = c.num_blocks;
+    one["num_threads"] = c.num_threads;
+    one["shared_bytes"] = c.shared_bytes;
+    all[symbol.c_str()] = one;
+  }
+  return all;
+}
+
 #if defined(CUDA_ON_CPU_GEMM)
 void bind_gemm(pybind11::module_& module) {
   using namespace k25;
@@ -86,6 +106,8 @@ PYBIND11_MODULE(cuda_on_cpu_executor, module) {
   module.def("register_buffer", &register_buffer);
   module.def("clear_buffers", &clear_buffers);
   module.def("ptx_symbols", &ptx_symbols);
+  module.def("clear_counts", &clear_counts);
+  module.def("counts", &counts_as_dicts);
   module.def("tensor_map", &tensor_map);
   module.def("last_kernel", &last_kernel);
   module.def("run_kernel", [](const std::string& symbol, int num_blocks, int num_threads, size_t shared_bytes,

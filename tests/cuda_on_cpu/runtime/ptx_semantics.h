@@ -91,6 +91,22 @@ T bit_field_insert(T field, T into, uint32_t position, uint32_t length) {
   const T mask = T(length >= 8 * sizeof(T) ? ~T(0) : (T(1) << length) - 1) << position;
   return T((into & ~mask) | (field << position & mask));
 }
+// What lies beyond the field or the register is filled by the field's last bit if T is signed, else with zeros.
+template <class T>
+T bit_field_extract(T from, uint32_t position, uint32_t length) {
+  constexpr uint32_t kBits = 8 * sizeof(T);
+  position &= 0xff;
+  length &= 0xff;
+  if (length == 0) return 0;
+  const auto bit = [from](uint32_t i) { return Unsigned<T>(from) >> i & 1; };
+  const bool sign = std::is_signed_v<T> && bit(std::min(position + length, kBits) - 1);
+  Unsigned<T> field = 0;
+  for (uint32_t i = 0; i < kBits; ++i) {
+    const bool inside = i < length && position + i < kBits;
+    field |= Unsigned<T>(inside ? bit(position + i) : sign) << i;
+  }
+  return T(field);
+}
 
 // ---- floating point
 
@@ -218,6 +234,14 @@ struct Registration {
 template <class T>
 T parameter(void* const* parameters, int index, size_t offset) {
   return load<T>(static_cast<const uint8_t*>(parameters[index]) + offset, 0);
+}
+
+// Addresses in the state space of parameters: a window of 4 KB, the most that a kernel may have, for each parameter.
+constexpr uint64_t kParameterWindow = 4096;
+
+constexpr uint64_t parameter_address(int index) { return uint64_t(index) * kParameterWindow; }
+inline const uint8_t* parameter_at(void* const* parameters, uint64_t address) {
+  return static_cast<const uint8_t*>(parameters[address / kParameterWindow]) + address % kParameterWindow;
 }
 
 }  // namespace cuda_on_cpu
