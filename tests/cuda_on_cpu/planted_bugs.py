@@ -147,7 +147,7 @@ PLANTED_BUGS = (
     ),
     PlantedBug(
         name="shared memory read before it is written",
-        sort="wait",
+        sort="index",
         kernel="route_tokens_backward_kernel",
         file="route_tokens/kernels.cuh",
         old="e += kWarpSize) row[e] = 0;",

@@ -1,5 +1,6 @@
 """Reads the PTX that nvcc writes: entries, their parameters, registers and statements, each with its line."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -48,6 +49,7 @@ class Entry:
     symbol: str
     parameters: tuple[str, ...]
     statements: tuple[Statement, ...]
+    max_threads: int = 0  # of a block, as the kernel says; 0 if it does not
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def _entry(text: str, match: re.Match[str]) -> Entry:
     if not _KNOWN_DIRECTIVES.fullmatch(match[3]):
         raise PtxError(f"line {_line(text, match.end())}: unsupported directive in {match[3].strip()!r}")
     parameters = tuple(_PARAMETER.findall(match[2]))
-    return Entry(match[1], parameters, tuple(_with_unique_labels(_statements(text, match.end()))))
+    statements = tuple(_with_unique_labels(_statements(text, match.end())))
+    sizes = re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", match[3])
+    return Entry(match[1], parameters, statements, math.prod(map(int, sizes[1].split(","))) if sizes else 0)
 
 
 def _with_unique_labels(statements: list[Statement]) -> list[Statement]:
