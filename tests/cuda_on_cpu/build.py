@@ -126,15 +126,15 @@ def ptx_of(csrc: Path, op: str, source: Path | None = None, flags: Sequence[str]
     return _made(".ptx", [_version(nvcc), *command[1:], file.name, op], _sources_of(csrc, op, source), make)
 
 
-def compiled(source: Path, dependencies: Sequence[Path]) -> Path:
+def compiled(source: Path, dependencies: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
     """A folder with the machine code of one .cu file, kernels.cubin, and what ptxas said of it, usage.txt."""
     nvcc = find_nvcc()
     assert nvcc
-    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v"]
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", *flags]
 
     def make(target: Path) -> None:
         target.mkdir()
-        text = _run([*command, f"-I{CSRC}", source, "-o", target / "kernels.cubin"])
+        text = _run([*command, f"-I{csrc}", source, "-o", target / "kernels.cubin"])
         (target / "usage.txt").write_text(text)
 
     return _made(".compiled", [_version(nvcc), *command[1:], source.parent.name], [source, *dependencies], make)
@@ -143,6 +143,12 @@ def compiled(source: Path, dependencies: Sequence[Path]) -> Path:
 def compiled_op(op: str) -> Path:
     """The same of one op of csrc."""
     return compiled(CSRC / op / "cuda.cu", _sources_of(CSRC, op))
+
+
+def compiled_small_gemm(instance: int, csrc: Path) -> Path:
+    """The same of one instance of small_gemm.cu, with the headers of `csrc`."""
+    source = RUNTIME.parent / "small_gemm.cu"
+    return compiled(source, _sources_of(csrc, "gemm"), csrc, [f"-DK25_INSTANCE={instance}"])
 
 
 def _version(nvcc: str) -> str:
@@ -225,7 +231,7 @@ def gemm_module() -> ModuleType:
 
 
 def small_gemm_module(instance: int, csrc: Path = CSRC) -> ModuleType:
-    """One instance of the kernel in small_gemm.cu, for the PTX executor; its device code is that of `csrc`, the host's that of CSRC."""
+    """One instance in small_gemm.cu, for the PTX executor; device code is that of `csrc`, the host's that of CSRC."""
     source, flag = RUNTIME.parent / "small_gemm.cu", f"-DK25_INSTANCE={instance}"
     translated = translated_object(ptx_of(csrc, "gemm", source, [flag]), ["-O0"])
     host = [_source_object(CSRC, "gemm", [flag], source), _tensor_map_object(CSRC)]

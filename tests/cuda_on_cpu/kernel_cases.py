@@ -110,6 +110,9 @@ def _loss(in_steps: bool) -> Callable[[DeviceOps, int, torch.dtype], object]:
     return run
 
 
+_in_steps = _loss(in_steps=True)
+
+
 def _quantize(device: DeviceOps, rows: int, dtype: torch.dtype) -> object:
     return device.quantize_fp8(_normal(rows, DIM, dtype=dtype), square=False, power_of_two=False, transposed=True)
 
@@ -142,6 +145,7 @@ def _per_scalar(size: int) -> int:
 
 
 TOKENS, FEW = 4096, 8
+_ROUTER = (torch.float32, torch.bfloat16, torch.float64)  # K2's logits are float32
 _STEPS = {"op": "policy_loss", "rows": 2, "rows_at_scale": TOKENS, "unit": "tokens"}
 _PLAN = {
     "op": "plan_dispatch", "rows": 600, "rows_at_scale": TOKENS, "unit": "tokens", "dtypes": (torch.int32, torch.int64),
@@ -158,11 +162,11 @@ def _plan_table(tokens: int) -> int:
 # By the kernel's name. Sizes of elements are s.
 ROW_CASES: Mapping[str, RowCase] = {
     "route_tokens_kernel": RowCase(
-        op="route_tokens", rows=FEW, rows_at_scale=TOKENS, unit="tokens", run=_route,
+        op="route_tokens", rows=FEW, rows_at_scale=TOKENS, unit="tokens", run=_route, dtypes=_ROUTER,
         work=lambda t, s: Work(t * EXPERTS * s + EXPERTS * 4, t * TOP_K * (INDEX + _per_scalar(s))),
     ),
     "route_tokens_backward_kernel": RowCase(
-        op="route_tokens", rows=FEW, rows_at_scale=TOKENS, unit="tokens", run=_route_backward,
+        op="route_tokens", rows=FEW, rows_at_scale=TOKENS, unit="tokens", run=_route_backward, dtypes=_ROUTER,
         work=lambda t, s: Work(t * TOP_K * (INDEX + _per_scalar(s) + s), t * EXPERTS * s),
     ),
     "count_slots_kernel": RowCase(**_PLAN, work=lambda t, s: Work(t * TOP_K * s, _plan_table(t))),
@@ -200,17 +204,17 @@ ROW_CASES: Mapping[str, RowCase] = {
         work=lambda m, s: Work(3 * m * WIDTH * s, 2 * m * WIDTH * s),
     ),
     "token_losses_kernel": RowCase(
-        **_STEPS, run=_loss(True), work=lambda t, s: Work(4 * t * _per_scalar(s), 2 * t * _per_scalar(s))
+        **_STEPS, run=_in_steps, work=lambda t, s: Work(4 * t * _per_scalar(s), 2 * t * _per_scalar(s))
     ),
     "logit_stats_kernel": RowCase(
-        **_STEPS, run=_loss(True), work=lambda t, s: Work(t * (VOCAB * s + 8 + _per_scalar(s)), 4 * t * _per_scalar(s))
+        **_STEPS, run=_in_steps, work=lambda t, s: Work(t * (VOCAB * s + 8 + _per_scalar(s)), 4 * t * _per_scalar(s))
     ),
     "logit_grad_kernel": RowCase(
-        **_STEPS, run=_loss(True),
+        **_STEPS, run=_in_steps,
         work=lambda t, s: Work(t * (VOCAB * s + 8 + 2 * _per_scalar(s)), t * VOCAB * s),
     ),
     "loss_rows_kernel": RowCase(
-        **_STEPS, run=_loss(False),
+        **_STEPS, run=_loss(in_steps=False),
         work=lambda t, s: Work(t * (VOCAB * s + 8 + 3 * _per_scalar(s)), t * (VOCAB * s + 3 * _per_scalar(s))),
     ),
     "quantize_fp8_kernel": RowCase(
@@ -232,3 +236,88 @@ ROW_CASES: Mapping[str, RowCase] = {
         work=lambda p, s: Work(p // FRAMES * PATCH_DIM * s, p * PATCH_DIM * s),
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product: `groups` experts of `rows` rows each, by (columns, depth) matrices, `bits` of an operand.
+
+    `kind` is rows or transposed_b; of weight_grads the result is (depth, columns) for each group, in float32.
+    """
+
+    kind: str
+    bits: int
+    rows: int
+    columns: int
+    depth: int
+    groups: int = 1
+
+    @property
+    def name(self) -> str:
+        """For a reader."""
+        dtype = "bf16" if self.bits == 16 else "e4m3"
+        return f"{dtype} {self.kind} {self.groups}x{self.rows}x{self.columns}x{self.depth}"
+
+    @property
+    def work(self) -> Work:
+        """Scales of FP8 are read too."""
+        m, n, k, e = self.rows * self.groups, self.columns, self.depth, self.groups
+        size, flop = self.bits // 8, 2 * m * n * k
+        if self.kind == "weight_grads":
+            return Work(m * (k + n) * size, e * k * n * 4, flop)
+        scales = 0 if self.bits == 16 else (m * k // BLOCK + e * (n // BLOCK) * (k // BLOCK)) * SCALE
+        return Work((m * k + e * n * k) * size + scales, m * n * 2, flop)
+
+    def run(self, module: ModuleType) -> None:
+        """On the executor."""
+        if self.kind == "weight_grads":
+            grads = WeightGradCase(a_width=self.depth, b_width=self.columns, rows=self.rows)
+            run_weight_grads(module, grads, *grads.operands(), "ptx", False, "in_order")
+            return
+        case = GemmCase(
+            rows=self.rows, columns=self.columns, depth=self.depth,
+            fp8=self.bits == 8, b_is_transposed=self.kind == "transposed_b",
+        )  # fmt: skip
+        run_gemm(module, case, operands_of(case), "ptx", False, "in_order")
+
+
+_KINDS = (("rows", 8), ("rows", 16), ("transposed_b", 16), ("weight_grads", 16))
+# One row tile; on the executor's three multiprocessors, other tiles are best for other numbers of columns.
+SMALL_PRODUCTS = tuple(
+    Product(kind=kind, bits=bits, rows=1024 if kind == "weight_grads" else 128, columns=columns,
+            depth=128 if kind == "weight_grads" else 1024)
+    for kind, bits in _KINDS for columns in (384, 768, 192, 576)
+)  # fmt: skip
+# K2.5's experts, for two numbers of local ones: gate and up, and down, with the gradients of each.
+_GATE_UP, _DOWN = (2 * WIDTH, DIM), (DIM, WIDTH)  # columns, depth
+PRODUCTS_AT_SCALE = tuple(
+    Product(kind=kind, bits=bits, rows=rows, columns=columns, depth=depth, groups=groups)
+    for kind, bits in _KINDS
+    for groups, rows in ((4, 8192), (8, 4096))
+    for columns, depth in ((_GATE_UP[::-1], _DOWN[::-1]) if kind == "transposed_b" else (_GATE_UP, _DOWN))
+)
+
+Counts = dict[str, dict[str, int]]  # by symbol
+
+
+def count_row_case(module: ModuleType, case: RowCase, dtype: torch.dtype, shift: int = 0) -> Counts:
+    """What the kernels that the case launches moved; `shift` moves tensors by so many elements from alignment."""
+    module.clear_counts()
+    case.run(DeviceOps(module, "ptx", shift=shift), case.rows, dtype)
+    return module.counts()
+
+
+def count_product(module: ModuleType, product: Product) -> Counts:
+    """The same of a product."""
+    module.clear_counts()
+    product.run(module)
+    return module.counts()
+
+
+def moved(counts: Mapping[str, int]) -> Work:
+    """As the algorithm's work is given."""
+    return Work(
+        counts["loaded_bytes"] + counts["bulk_loaded_bytes"],
+        counts["stored_bytes"] + counts["bulk_stored_bytes"],
+        counts["bf16_flop"] + counts["e4m3_flop"],
+    )

@@ -156,9 +156,9 @@ def occupancy(registers: int, threads: int, shared_bytes: int) -> Occupancy:
     per_warp = up(max(registers, 1) * WARP, _REGISTERS_PER_WARP)
     resident = REGISTERS // _PARTITIONS // per_warp * _PARTITIONS
     limits = {
+        "threads": THREADS // WARP // warps,
         "registers": resident // warps,
         "shared memory": SHARED_BYTES // (up(shared_bytes, _SHARED_STEP) + _SHARED_OF_SYSTEM),
-        "threads": THREADS // WARP // warps,
         "blocks": BLOCKS,
     }
     bound_by = min(limits, key=lambda name: limits[name])
@@ -175,7 +175,9 @@ def readable(symbols: list[str]) -> dict[str, str]:
     )
     names = {}
     for symbol, full in zip(symbols, result.stdout.splitlines(), strict=True):
-        name = re.sub(r"\(k25::cuda::GemmKind\)(\d)", lambda m: ("rows", "transposed_b", "weight_grads")[int(m[1])], full)
+        name = re.sub(
+            r"\(k25::cuda::GemmKind\)(\d)", lambda m: ("rows", "transposed_b", "weight_grads")[int(m[1])], full
+        )
         name = re.sub(r"^void |k25::(?:cuda::)?", "", name).split("(")[0]
-        names[symbol] = name.replace("GemmConfig<", "").replace(">>", ">")
+        names[symbol] = re.sub(r"GemmConfig<(.*?)\s*>\s*>$", r"\1>", name).replace("Operands", "")
     return names

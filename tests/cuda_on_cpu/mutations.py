@@ -132,7 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num_caught = sum(is_caught(bug, caught) for bug, caught in rows)
     sorts = ", ".join(f"{count} {sort}" for sort, count in Counter(bug.sort for bug in bugs).most_common())
     by_executor = sum(not all(each.said.startswith("wrong result") for each in caught) for _, caught in rows if caught)
-    print(f"{len(bugs)} planted bugs ({sorts}): {num_caught} caught, {by_executor} by a check of the executor, the rest")
+    print(
+        f"{len(bugs)} planted bugs ({sorts}): {num_caught} caught, {by_executor} by a check of the executor, the rest"
+    )
     print("by the result alone")
     if options.json:
         listed = [{**asdict(bug), "caught": [asdict(each) for each in caught]} for bug, caught in rows]

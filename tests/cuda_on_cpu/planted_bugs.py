@@ -7,7 +7,6 @@ from typing import Literal
 
 from tests.cuda_on_cpu.build import CSRC
 
-
 Sort = Literal[
     "swizzle", "stride", "K step", "wait", "phase", "fence", "barrier", "tile", "scale", "reduction", "collective",
     "bounds", "index",

@@ -83,7 +83,12 @@ def test_triton_product(layout: Layout) -> None:
     kernel = compiled_product(
         layout.dtype, layout.out_dtype, layout.tile, layout.a_is_transposed, layout.b_is_transposed, layout.num_warps
     )
-    opcodes = ("wgmma.mma_async", "mbarrier.try_wait", "cp.async.bulk.tensor.2d.shared", "cp.async.bulk.tensor.2d.global")
+    opcodes = (
+        "wgmma.mma_async",
+        "mbarrier.try_wait",
+        "cp.async.bulk.tensor.2d.shared",
+        "cp.async.bulk.tensor.2d.global",
+    )
     assert all(opcode in kernel.ptx for opcode in opcodes), "Triton compiled the product to something else"
     assert set(kernel.swizzles) == {3}, "not all tiles have 128-byte swizzle"
     module = build.kernels_module(with_fences(kernel.ptx))

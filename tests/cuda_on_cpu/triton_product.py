@@ -31,14 +31,8 @@ def product(
     column = tile % column_tiles * TILE_N
     sums = tl.zeros((TILE_M, TILE_N), tl.float32)
     for k in range(0, depth, TILE_K):
-        if A_IS_TRANSPOSED:
-            left = a.load([k, row]).T
-        else:
-            left = a.load([row, k])
-        if B_IS_TRANSPOSED:
-            right = b.load([k, column])
-        else:
-            right = b.load([column, k]).T
+        left = a.load([k, row]).T if A_IS_TRANSPOSED else a.load([row, k])
+        right = b.load([k, column]) if B_IS_TRANSPOSED else b.load([column, k]).T
         sums = tl.dot(left, right, sums)
     c.store([row, column], sums.to(c.dtype))
 

@@ -11,9 +11,9 @@ namespace cuda_on_cpu {
 // Bytes are of global memory, as often as they were accessed: caches are not modelled. An atomic counts both ways.
 struct Counts {
   uint64_t launches = 0;
-  uint64_t loaded_bytes = 0, stored_bytes = 0;            // by threads
-  uint64_t bulk_loaded_bytes = 0, bulk_stored_bytes = 0;  // by bulk copies, without what lies outside the tensor
-  uint64_t bf16_flop = 0, e4m3_flop = 0;                  // of tensor cores: whole wgmma tiles, with their padding
+  uint64_t loaded_bytes = 0, stored_bytes = 0;                 // by threads
+  uint64_t bulk_loaded_bytes = 0, bulk_stored_bytes = 0;       // by bulk copies, without what lies outside the tensor
+  uint64_t bf16_flop = 0, e4m3_flop = 0;                       // of tensor cores: whole wgmma tiles, with their padding
   uint64_t num_blocks = 0, num_threads = 0, shared_bytes = 0;  // of the last launch
 };
 
