@@ -50,9 +50,9 @@ PUBLISHED_TRANSPORT = {"dispatch_kernel": 153e9, "combine_kernel": 158e9}  # byt
 RESOURCES = """Resources (bytes; spills are stores/loads; dynamic shared memory and blocks on a multiprocessor are those
 of the case below, - where none launches the instance) and machine instructions of sm_90a"""
 COUNTED = """
-Counted by the executor: bytes of global memory, by threads and by bulk copies, as often as they are asked for (each lane
-of a broadcast, each tile that loads an operand again: caches are not modelled), FLOP of the tensor cores, and the ratio
-of each to what the algorithm must move and compute"""
+Counted by the executor: bytes of global memory, by threads and by bulk copies, as often as they are asked for (each
+lane of a broadcast, each tile that loads an operand again: caches are not modelled), FLOP of the tensor cores, and the
+ratio of each to what the algorithm must move and compute"""
 CALCULATED = f"""
 Roofline on an H800 (3.35 TB/s, 989 TFLOPS bf16, 1979 TFLOPS FP8): calculated, not measured. Products are groups x rows
 of each x columns x depth (weight gradients: depth by columns, summed over rows). Targets are what others published:
@@ -289,6 +289,12 @@ def describe_counts(found: Sequence[Counted]) -> str:
     return table([*headings, "FLOP", "/ algorithm"], rows)
 
 
+def microseconds(seconds: float) -> str:
+    """Three digits, without an exponent."""
+    value = seconds * 1e6
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def describe_rooflines(found: Sequence[Roofline]) -> str:
     """The table of calculated times and targets."""
     rows = []
@@ -299,8 +305,8 @@ def describe_rooflines(found: Sequence[Roofline]) -> str:
         rows.append(
             [
                 each.name, each.case, f"{each.work.moved / 1e6:.1f}", f"{each.work.flop / 1e12:.2f}",
-                f"{each.seconds * 1e6:#.3g}", each.bound_by,
-                target and f"{target * 1e6:.0f}", rate and f"{rate} {unit}",
+                microseconds(each.seconds), each.bound_by,
+                target and microseconds(target), rate and f"{rate} {unit}",
             ]
         )  # fmt: skip
     return table(["kernel", "case", "MB", "TFLOP", "calculated us", "bound by", "target us", "at"], rows)
