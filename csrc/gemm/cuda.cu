@@ -43,4 +43,14 @@ void gemm_bf16_weight_grads(const GemmBf16WeightGrads& p, Stream stream) {
   launch_gemm<GemmConfig<Bf16Operands, 256, GemmKind::weight_grads>>(call, stream);
 }
 
+void gemm_fp8_weight_grads(const GemmFp8WeightGrads& p, Stream stream) {
+  const GemmCall call = call_of(p);
+  check_size("gemm_fp8_weight_grads", "rows", p.rows, 1, 16);
+  if (!check_gemm("gemm_fp8_weight_grads", call)) return;
+  const int width = choose_tile_n(call, {64, 128, 192});
+  if (width == 64) return launch_gemm<GemmConfig<E4m3Operands, 64, GemmKind::weight_grads>>(call, stream);
+  if (width == 128) return launch_gemm<GemmConfig<E4m3Operands, 128, GemmKind::weight_grads>>(call, stream);
+  launch_gemm<GemmConfig<E4m3Operands, 192, GemmKind::weight_grads>>(call, stream);
+}
+
 }  // namespace k25::cuda

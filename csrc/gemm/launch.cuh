@@ -20,17 +20,25 @@ struct GemmCall {
   const float* b_scales;
   int64_t rows, columns, depth, num_experts;
   DType out_dtype;
+  bool accumulate;
 };
 
 inline GemmCall call_of(const GemmBf16& p) {
-  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype, false};
+}
+inline GemmCall call_of(const GemmFp8& p) {
+  return {p.a,    p.b,       p.out,   p.offsets,     p.a_scales,  p.b_scales,
+          p.rows, p.columns, p.depth, p.num_experts, p.out_dtype, false};
 }
 inline GemmCall call_of(const GemmBf16WeightGrads& p) {
   const int64_t rows = p.num_experts * p.a_width;
-  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, rows, p.b_width, p.rows, p.num_experts, p.out_dtype};
+  return {p.a,  p.b,       p.out,  p.offsets,     nullptr,     nullptr,
+          rows, p.b_width, p.rows, p.num_experts, p.out_dtype, p.accumulate};
 }
-inline GemmCall call_of(const GemmFp8& p) {
-  return {p.a, p.b, p.out, p.offsets, p.a_scales, p.b_scales, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+inline GemmCall call_of(const GemmFp8WeightGrads& p) {
+  const int64_t rows = p.num_experts * p.a_width;
+  return {p.a,  p.b,       p.out,  p.offsets,     p.a_scales,  p.b_scales,
+          rows, p.b_width, p.rows, p.num_experts, p.out_dtype, p.accumulate};
 }
 
 // An operand with `rows` rows of `width` elements, and the box of it that a copy loads.
@@ -47,17 +55,19 @@ CUtensorMap map_of_operand(const void* address, int64_t width, int64_t rows, int
 
 template <class Config>
 CUtensorMap map_of_a(const GemmCall& c) {
-  if constexpr (Config::kWeightGrads) {
-    return map_of_operand<Config>(c.a, c.rows / c.num_experts, c.depth, Config::kBoxWidth, Config::kTileK);
+  const int64_t height = Config::kWeightGrads ? c.rows / c.num_experts : c.rows;
+  if constexpr (Config::kMnMajorA) {
+    return map_of_operand<Config>(c.a, height, c.depth, Config::kBoxWidth, Config::kTileK);
   } else {
-    return map_of_operand<Config>(c.a, c.depth, c.rows, Config::kTileK, kTileM);
+    return map_of_operand<Config>(c.a, c.depth, height, Config::kTileK, kTileM);
   }
 }
 
 template <class Config>
 CUtensorMap map_of_b(const GemmCall& c) {
-  if constexpr (Config::kKind == GemmKind::rows) {
-    return map_of_operand<Config>(c.b, c.depth, c.num_experts * c.columns, Config::kTileK, Config::kTileN);
+  if constexpr (!Config::kMnMajorB) {
+    const int64_t rows = Config::kWeightGrads ? c.columns : c.num_experts * c.columns;
+    return map_of_operand<Config>(c.b, c.depth, rows, Config::kTileK, Config::kTileN);
   } else if constexpr (Config::kWeightGrads) {
     return map_of_operand<Config>(c.b, c.columns, c.depth, Config::kBoxWidth, Config::kTileK);
   } else {
@@ -93,13 +103,12 @@ inline int64_t row_tile_bound(const GemmCall& c, bool weight_grads) {
 
 template <class Config>
 void launch_gemm(const GemmCall& c, Stream stream) {
-  const bool by_bulk_store = c.columns * size_of(c.out_dtype) % 16 == 0;
+  const bool f32 = c.out_dtype == DType::f32;
+  const bool by_bulk_store = c.columns * size_of(c.out_dtype) % 16 == 0 && (f32 || !c.accumulate);
   const CUtensorMap map_a = map_of_a<Config>(c), map_b = map_of_b<Config>(c);
   const CUtensorMap map_out = by_bulk_store ? map_of_result(c) : map_a;
-  const GemmParams params{c.offsets,    c.a_scales,         c.b_scales,
-                          c.out,        int(c.rows),        int(c.columns),
-                          int(c.depth), int(c.num_experts), c.out_dtype == DType::f32,
-                          by_bulk_store};
+  const GemmParams params{c.offsets,    c.a_scales,         c.b_scales, c.out,         int(c.rows), int(c.columns),
+                          int(c.depth), int(c.num_experts), f32,        by_bulk_store, c.accumulate};
   const auto kernel = &gemm_kernel<Config>;
   allow_shared_memory(kernel, Config::kSharedBytes);
   const int64_t tiles = row_tile_bound(c, Config::kWeightGrads) * ceil_div(c.columns, Config::kTileN);

@@ -83,6 +83,12 @@ def integer(op: str, argument: str, value: Any, least: int, most: int) -> None:
         raise ArgumentValueError(message(op, argument, value, f"{least} to {most}"))
 
 
+def flag(op: str, argument: str, value: Any) -> None:
+    """Raises unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(message(op, argument, f"{type(value).__name__} {value!r}", "a bool"))
+
+
 def row_count(op: str, argument: str, num_tokens: int, top_k: int) -> None:
     """Raises unless T * K rows can be numbered in int32."""
     if num_tokens * top_k > MAX_ROWS:

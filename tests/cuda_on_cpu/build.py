@@ -30,6 +30,7 @@ RUNTIME = Path(__file__).resolve().parent / "runtime"
 OPS = (
     "dispatch", "fp8_quantize", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu",
 )  # fmt: skip
+PRODUCTS = ("fp8_gemm", "grouped_gemm")  # ops that gemm's kernels run
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -194,9 +195,10 @@ def gemm_module() -> ModuleType:
             # Its translated kernels are large, and their time is in wgmma, which is the runtime's.
             pool.submit(lambda: translated_object(ptx_of(CSRC, "gemm"), ["-O0"])),
             pool.submit(_source_object, CSRC, "gemm"),
+            *(pool.submit(_source_object, CSRC, op) for op in PRODUCTS),
             pool.submit(_tensor_map_object, CSRC),
         ]
-        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM"])
+        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM", "-DCUDA_ON_CPU_PRODUCTS"])
 
 
 def small_gemm_module(kind: int, csrc: Path = CSRC) -> ModuleType:
