@@ -75,6 +75,11 @@ def same_device(op: str, first: str, value: Tensor, others: dict[str, Tensor | N
             )
 
 
+def on_cuda(value: Tensor) -> bool:
+    """Whether the tensor cores multiply `value`, which then has to suit them."""
+    return value.device.type == "cuda"
+
+
 def integer(op: str, argument: str, value: Any, least: int, most: int) -> None:
     """Raises unless `value` is an int (not a bool) in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

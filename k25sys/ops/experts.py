@@ -136,7 +136,7 @@ def _check_tokens_and_weights(op: str, x: Tensor, gate_up: Tensor, down: Tensor,
 def _check_for_cuda(op: str, x: Tensor, down: Tensor) -> None:
     """Raises unless the tensor cores' copies take the rows of these matrices."""
     for name, axis, size in (("x_TD", "D", x.shape[1]), ("down_EDI", "I", down.shape[2])):
-        if x.device.type == "cuda" and size % 8:
+        if checks.on_cuda(x) and size % 8:
             hint = "pad tokens and weights with zeros"
             raise ShapeError(message(op, name, f"{axis}={size}", "a multiple of 8 with backend 'native' on CUDA", hint))
 

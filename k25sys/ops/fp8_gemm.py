@@ -150,13 +150,8 @@ def _check(
     _check_for_cuda(op, a, grouping)
 
 
-def needs_k_major(device: torch.device) -> bool:
-    """Whether kernels of `device` read both operands along the reduction only, as the tensor cores do."""
-    return device.type == "cuda"
-
-
 def _check_for_cuda(op: str, a: Tensor, grouping: int) -> None:
-    if a.device.type == "cuda" and a.shape[1] % 16:
+    if checks.on_cuda(a) and a.shape[1] % 16:
         name = "M (columns of a_NM)" if grouping == _REDUCTION else "K (columns of a_MK)"
         hint = "pad it with zeros: the tensor cores' copies move rows of 16 bytes"
         raise ShapeError(message(op, name, a.shape[1], "a multiple of 16 on CUDA", hint))
@@ -183,7 +178,7 @@ def _kernel(
     a, a_scales, b, b_scales = (value.contiguous() for value in (a, a_scales, b, b_scales))
     offsets = None if offsets is None else offsets.contiguous()
     sizes = (a.shape[0], out.shape[-1], a.shape[1], num_groups)
-    if needs_k_major(a.device):
+    if checks.on_cuda(a):
         if not a.shape[1]:
             return out.zero_()
         if grouping == _ROWS_TRANSPOSED:

@@ -124,7 +124,7 @@ def _check_offsets(op: str, first: str, a: Tensor, offsets: Tensor, num_experts:
 
 
 def _check_for_cuda(op: str, first: str, a: Tensor, widths: dict[str, int]) -> None:
-    if a.device.type != "cuda":
+    if not checks.on_cuda(a):
         return
     if a.dtype != torch.bfloat16:
         raise DTypeError(message(op, first, f"dtype {a.dtype} on CUDA", "bfloat16", "torch's grouped_mm takes others"))
@@ -151,7 +151,7 @@ def _fake(a: Tensor, b: Tensor, offsets: Tensor, transpose_b: bool, main_grad: T
 def _kernel(a: Tensor, b: Tensor, offsets: Tensor, transpose_b: bool, main_grad: Tensor | None) -> Tensor:
     _check(a, b, offsets, transpose_b)
     out = native.empty((a.shape[0], b.shape[2 if transpose_b else 1]), a)
-    if a.device.type == "cuda" and not a.shape[1]:
+    if checks.on_cuda(a) and not a.shape[1]:
         return out.zero_()
     a, b, offsets = a.contiguous(), b.contiguous(), offsets.contiguous()
     native.kernels("grouped_gemm", a.device).grouped_gemm(
@@ -179,7 +179,7 @@ def _wgrad_kernel(a: Tensor, b: Tensor, offsets: Tensor, to_f32: bool) -> Tensor
     _check_wgrad(a, b, offsets)
     shape = (offsets.shape[0] - 1, a.shape[1], b.shape[1])
     out = native.empty(shape, a, torch.float32 if to_f32 else a.dtype)
-    if a.device.type == "cuda" and not a.shape[0]:
+    if checks.on_cuda(a) and not a.shape[0]:
         return out.zero_()
     _run_wgrad(a, b, offsets, out, False)
     return out
@@ -192,7 +192,7 @@ def _accumulate_fake(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None
 def _accumulate_kernel(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> None:
     _check_wgrad(a, b, offsets)
     _check_buffer("grouped_gemm_wgrad", "out", out, a, (offsets.shape[0] - 1, a.shape[1], b.shape[1]))
-    if a.shape[0] or a.device.type != "cuda":
+    if a.shape[0] or not checks.on_cuda(a):
         _run_wgrad(a, b, offsets, out, True)
 
 
