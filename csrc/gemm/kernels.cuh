@@ -3,11 +3,11 @@
 #pragma once
 #include "common/hopper.cuh"
 #include "gemm/api.h"
+#include "gemm/tile_choice.h"
 
 namespace k25::cuda {
 
-constexpr int kTileM = 128;    // of all consumers
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kConsumers = 2;  // warpgroups, which share a tile's rows
 constexpr int kRowsPerConsumer = kTileM / kConsumers;
 constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
 constexpr int kGemmThreads = (kConsumers + 1) * kWarpgroupSize;

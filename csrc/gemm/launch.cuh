@@ -1,4 +1,4 @@
-// Tensor maps and launches of the kernel in kernels.cuh, and the choice of its tile.
+// Tensor maps and launches of the kernel in kernels.cuh.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -116,22 +116,9 @@ void launch_gemm(const GemmCall& c, Stream stream) {
   K25_LAUNCH(kernel, dim3(unsigned(blocks)), kGemmThreads, Config::kSharedBytes, stream, map_a, map_b, map_out, params);
 }
 
-// Of the widths, the one whose waves take least time. A tile's time is taken as its width, plus a share that does not
-// depend on it: a tile loads its rows of A and starts and ends whatever its width. Ties go to the widest, which loads
-// least.
-inline int choose_tile_n(const GemmCall& c, std::initializer_list<int> widths) {
-  constexpr int64_t kFixedShare = 32;
-  const int64_t blocks = num_multiprocessors();
-  const int64_t row_tiles = c.num_experts * ceil_div(ceil_div(c.rows, c.num_experts), kTileM);
-  int64_t least = std::numeric_limits<int64_t>::max();
-  int best = 0;
-  for (const int width : widths) {
-    const int64_t time = ceil_div(row_tiles * ceil_div(c.columns, width), blocks) * (width + kFixedShare);
-    if (time > least) continue;
-    least = time;
-    best = width;
-  }
-  return best;
+template <int kCount>
+int choose_tile_n(const GemmCall& c, const int (&widths)[kCount]) {
+  return choose_tile_n({c.rows, c.columns, c.num_experts}, widths, num_multiprocessors());
 }
 
 inline void check_size(const char* op, const char* name, int64_t value, int64_t least, int64_t multiple) {

@@ -98,7 +98,7 @@ def _check(a: Tensor, b: Tensor, offsets: Tensor, transpose_b: bool) -> None:
     checks.row_count(op, "a_MK", a.shape[0], 1)
     axes, shape = ("EKN", (None, a.shape[1], None)) if transpose_b else ("ENK", (None, None, a.shape[1]))
     checks.tensor(op, "b_ENK", b, (a.dtype,), shape, axes)
-    _check_offsets(op, "a_MK", a, offsets, b.shape[0])
+    _check_offsets(op, "a_MK", a, offsets, b)
     checks.same_device(op, "a_MK", a, {"b_ENK": b, "offsets": offsets})
     widths = {"K (columns of a_MK)": a.shape[1]}
     if transpose_b:
@@ -116,9 +116,9 @@ def _check_wgrad(a: Tensor, b: Tensor, offsets: Tensor) -> None:
     _check_for_cuda(op, "a_MN", a, {"N (columns of a_MN)": a.shape[1], "K (columns of b_MK)": b.shape[1]})
 
 
-def _check_offsets(op: str, first: str, a: Tensor, offsets: Tensor, num_experts: int | None) -> None:
-    count = None if num_experts is None else num_experts + 1
-    checks.tensor(op, "offsets", offsets, checks.INT32, (count,), "N", "one more than experts")
+def _check_offsets(op: str, first: str, a: Tensor, offsets: Tensor, b_ENK: Tensor | None) -> None:
+    count = None if b_ENK is None else b_ENK.shape[0] + 1
+    checks.tensor(op, "offsets", offsets, checks.INT32, (count,), "N", "one more than E, the first size of b_ENK")
     checks.integer(op, "offsets (length)", offsets.shape[0], 2, 2**20)
     checks.same_device(op, first, a, {"offsets": offsets})
 

@@ -145,7 +145,8 @@ def translated_object(ptx: Path, flags: Sequence[str] = ()) -> Path:
 
 
 def _source_object(csrc: Path, op: str, flags: Sequence[str] = (), source: Path | None = None) -> Path:
-    dependencies = [*_sources_of(csrc, op, source), *_runtime_headers()]
+    others = sorted(csrc.glob("*/api.h")) if op in PRODUCTS else []
+    dependencies = [*_sources_of(csrc, op, source), *others, *_runtime_headers()]
     return _compile(source or csrc / op / "cuda.cu", dependencies, _includes(csrc), [*_WARNINGS, *flags])
 
 

@@ -199,4 +199,32 @@ PLANTED_BUGS = (
         new="scale_of(load_line(tile + col, kTileStride - 1, values), p.power_of_two)",
         caught_as="",
     ),
+    PlantedBug(
+        name="tile transposed before all of it is there",
+        file="fp8_quantize/kernels.cuh",
+        old="    __syncthreads();\n    // Four rows of a word",
+        new="    // Four rows of a word",
+        caught_as="race at byte",
+    ),
+    PlantedBug(
+        name="scale not transposed with its tile",
+        file="fp8_quantize/kernels.cuh",
+        old="p.scales_transposed[in_batch + t * row_tiles + row_tile]",
+        new="p.scales_transposed[in_batch + row_tile * col_tiles + t]",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="routing weight of the row's number, not of its slot",
+        file="swiglu/kernels.cuh",
+        old="static_cast<const Scalar*>(p.weights) + slot);",
+        new="static_cast<const Scalar*>(p.weights) + m);",
+        caught_as="",
+    ),
+    PlantedBug(
+        name="gradient of the routing weight with the weight in it",
+        file="swiglu/kernels.cuh",
+        old="dot = fma(grads[j], value, dot);",
+        new="dot = fma(grads[j] * weight, value, dot);",
+        caught_as="",
+    ),
 )

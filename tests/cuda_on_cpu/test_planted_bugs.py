@@ -53,7 +53,19 @@ def wrong_results(device: DeviceOps) -> list[str]:
     (grad_patches,) = torch.autograd.grad(pooled, leaf, grad_pooled)
     tile = torch.randn(6, 140, generator=torch.Generator().manual_seed(0))
     values, scales, values_t, scales_t = device.quantize_fp8(tile, square=False, power_of_two=False, transposed=True)
+    square = ops.reference_quantize_fp8(tile.repeat(30, 1)[None] * torch.arange(1, 141), (128, 128))
+    turned, turned_scales = device.transpose_fp8(*square)
+    gate_up = torch.cat([t.rows_MD, t.rows_MD.flip(1)], 1)
+    gate_up_leaf, weights_leaf = gate_up.clone().requires_grad_(), t.weights_TK.clone().requires_grad_()
+    act = ops.reference_swiglu(gate_up_leaf) * weights_leaf.view(-1)[plan.slot_of_row_M.long()][:, None]
+    weighted = (*torch.autograd.grad(act, (gate_up_leaf, weights_leaf), t.rows_MD), act.detach())
+    device_weighted = device.weighted_swiglu_backward(t.rows_MD, gate_up, t.weights_TK, plan.slot_of_row_M)
     pairs = {
+        "transpose_fp8": (turned.float(), square[0].mT.float()),
+        "transpose_fp8 scales": (turned_scales, square[1].mT),
+        "weighted_swiglu_backward": (device_weighted[0], weighted[0]),
+        "weighted_swiglu_backward act": (device_weighted[1], weighted[2]),
+        "weighted_swiglu_backward weights": (device_weighted[2], weighted[1]),
         "quantize_fp8": (ops.reference_dequantize_fp8(values, scales, (1, 128)), dequantized(tile)),
         "quantize_fp8 transposed": (ops.reference_dequantize_fp8(values_t, scales_t, (1, 128)), dequantized(tile.T)),
         "loss_rows": (
