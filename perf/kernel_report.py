@@ -60,6 +60,7 @@ of each x columns x depth (weight gradients: depth by columns, summed over rows)
 {DEEPEP}"""
 DTYPES = {
     torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64", torch.int32: "int32", torch.int64: "int64",
+    torch.float8_e4m3fn: "e4m3",
 }  # fmt: skip
 
 
@@ -220,8 +221,8 @@ def rooflines(op: str) -> list[Roofline]:
         return [
             Roofline(
                 name=product.name, case="K2.5's experts", work=product.work, operand_bits=product.bits,
-                published=PUBLISHED_PRODUCTS.get(key) if product.bits == 8 else None,
-                source=DEEPGEMM if product.bits == 8 else "",
+                published=PUBLISHED_PRODUCTS.get(key) if product.bits == 8 and product.kind == "rows" else None,
+                source=DEEPGEMM if product.bits == 8 and product.kind == "rows" else "",
             )
             for product in PRODUCTS_AT_SCALE
             for key in [(product.groups, product.rows, product.columns, product.depth)]

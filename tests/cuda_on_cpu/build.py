@@ -30,6 +30,7 @@ RUNTIME = Path(__file__).resolve().parent / "runtime"
 OPS = (
     "dispatch", "fp8_quantize", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu",
 )  # fmt: skip
+PRODUCTS = ("fp8_gemm", "grouped_gemm")  # ops that gemm's kernels run
 
 # In the symbol of an instance for another type of element (or, of dispatch, another unit than those of float32).
 NOT_FLOAT32 = r"_kernelI(?:NS0_4Bf16E|d|y|t)"
@@ -164,7 +165,8 @@ def translated_object(ptx: Path, flags: Sequence[str] = (), without: str = "") -
 
 
 def _source_object(csrc: Path, op: str, flags: Sequence[str] = (), source: Path | None = None) -> Path:
-    dependencies = [*_sources_of(csrc, op, source), *_runtime_headers()]
+    others = sorted(csrc.glob("*/api.h")) if op in PRODUCTS else []
+    dependencies = [*_sources_of(csrc, op, source), *others, *_runtime_headers()]
     return _compile(source or csrc / op / "cuda.cu", dependencies, _includes(csrc), [*_WARNINGS, *flags])
 
 
@@ -225,9 +227,10 @@ def gemm_module() -> ModuleType:
             # Its translated kernels are large, and their time is in wgmma, which is the runtime's.
             pool.submit(lambda: translated_object(ptx_of(CSRC, "gemm"), ["-O0"])),
             pool.submit(_source_object, CSRC, "gemm"),
+            *(pool.submit(_source_object, CSRC, op) for op in PRODUCTS),
             pool.submit(_tensor_map_object, CSRC),
         ]
-        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM"])
+        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM", "-DCUDA_ON_CPU_PRODUCTS"])
 
 
 def small_gemm_module(instance: int, csrc: Path = CSRC) -> ModuleType:

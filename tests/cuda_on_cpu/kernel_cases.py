@@ -97,6 +97,12 @@ def _swiglu_backward(device: DeviceOps, rows: int, dtype: torch.dtype) -> object
     return device.swiglu_backward(_normal(rows, WIDTH, dtype=dtype), _normal(rows, 2 * WIDTH, dtype=dtype))
 
 
+def _weighted_swiglu_backward(device: DeviceOps, rows: int, dtype: torch.dtype) -> object:
+    upstream, gate_up = _normal(rows, WIDTH, dtype=dtype), _normal(rows, 2 * WIDTH, dtype=dtype)
+    weights, slots = _normal(rows // TOP_K, TOP_K, dtype=_scalar(dtype)), torch.arange(rows).int()
+    return device.weighted_swiglu_backward(upstream, gate_up, weights, slots)
+
+
 def _loss(in_steps: bool) -> Callable[[DeviceOps, int, torch.dtype], object]:
     def run(device: DeviceOps, tokens: int, dtype: torch.dtype) -> object:
         scalar = _scalar(dtype)
@@ -115,6 +121,11 @@ _in_steps = _loss(in_steps=True)
 
 def _quantize(device: DeviceOps, rows: int, dtype: torch.dtype) -> object:
     return device.quantize_fp8(_normal(rows, DIM, dtype=dtype), square=False, power_of_two=False, transposed=True)
+
+
+def _transpose(device: DeviceOps, rows: int, dtype: torch.dtype) -> object:
+    values = torch.zeros(1, rows, DIM, dtype=dtype)
+    return device.transpose_fp8(values, torch.ones(1, rows // BLOCK, DIM // BLOCK))
 
 
 def _dequantize(device: DeviceOps, rows: int, dtype: torch.dtype) -> object:
@@ -203,6 +214,12 @@ ROW_CASES: Mapping[str, RowCase] = {
         op="swiglu", rows=FEW, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_swiglu_backward,
         work=lambda m, s: Work(3 * m * WIDTH * s, 2 * m * WIDTH * s),
     ),
+    "weighted_swiglu_backward_kernel": RowCase(
+        op="swiglu", rows=FEW, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_weighted_swiglu_backward,
+        work=lambda m, s: Work(
+            3 * m * WIDTH * s + m * (INDEX + _per_scalar(s)), 3 * m * WIDTH * s + m * _per_scalar(s)
+        ),
+    ),
     "token_losses_kernel": RowCase(
         **_STEPS, run=_in_steps, work=lambda t, s: Work(4 * t * _per_scalar(s), 2 * t * _per_scalar(s))
     ),
@@ -226,6 +243,11 @@ ROW_CASES: Mapping[str, RowCase] = {
         op="fp8_quantize", rows=FEW, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_dequantize,
         work=lambda m, s: Work(m * DIM + m * DIM // BLOCK * SCALE, m * DIM * s),
         dtypes=(torch.bfloat16, torch.float32),
+    ),
+    "transpose_fp8_kernel": RowCase(
+        op="fp8_quantize", rows=BLOCK, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_transpose,
+        work=lambda m, s: Work(*[m * DIM + m // BLOCK * (DIM // BLOCK) * SCALE] * 2),
+        dtypes=(torch.float8_e4m3fn,),
     ),
     "pool_temporal_patches_kernel": RowCase(
         op="pool_temporal_patches", rows=4096, rows_at_scale=65536, unit="patches", run=_pool,
@@ -264,15 +286,16 @@ class Product:
         m, n, k, e = self.rows * self.groups, self.columns, self.depth, self.groups
         size, flop = self.bits // 8, 2 * m * n * k
         if self.kind == "weight_grads":
-            return Work(m * (k + n) * size, e * k * n * 4, flop)
+            scales = 0 if self.bits == 16 else m // BLOCK * (k + n) * SCALE
+            return Work(m * (k + n) * size + scales, e * k * n * 4, flop)
         scales = 0 if self.bits == 16 else (m * k // BLOCK + e * (n // BLOCK) * (k // BLOCK)) * SCALE
         return Work((m * k + e * n * k) * size + scales, m * n * 2, flop)
 
     def run(self, module: ModuleType) -> None:
         """On the executor."""
         if self.kind == "weight_grads":
-            grads = WeightGradCase(a_width=self.depth, b_width=self.columns, rows=self.rows)
-            run_weight_grads(module, grads, *grads.operands(), "ptx", False, "in_order")
+            grads = WeightGradCase(a_width=self.depth, b_width=self.columns, rows=self.rows, fp8=self.bits == 8)
+            run_weight_grads(module, grads, grads.operands(), "ptx", False, "in_order")
             return
         case = GemmCase(
             rows=self.rows, columns=self.columns, depth=self.depth,
@@ -281,7 +304,7 @@ class Product:
         run_gemm(module, case, operands_of(case), "ptx", False, "in_order")
 
 
-_KINDS = (("rows", 8), ("rows", 16), ("transposed_b", 16), ("weight_grads", 16))
+_KINDS = (("rows", 8), ("rows", 16), ("transposed_b", 16), ("weight_grads", 8), ("weight_grads", 16))
 # One row tile; on the executor's three multiprocessors, other tiles are best for other numbers of columns.
 SMALL_PRODUCTS = tuple(
     Product(kind=kind, bits=bits, rows=1024 if kind == "weight_grads" else 128, columns=columns,

@@ -96,6 +96,17 @@ def _swiglu_backward(device: DeviceOps) -> Pairs:
     return [(device.swiglu_backward(upstream, gate_up.detach()), exact)]
 
 
+def _weighted_swiglu_backward(device: DeviceOps) -> Pairs:
+    t = CASE.tensors()
+    plan = ops.reference_plan_dispatch(t.experts_TK, CASE.num_experts)
+    gate_up, weights = random(len(t.rows_MD), 2 * 140).requires_grad_(), t.weights_TK.clone().requires_grad_()
+    act = ops.reference_swiglu(gate_up) * weights.view(-1)[plan.slot_of_row_M.long()][:, None]
+    upstream = random(*act.shape, seed=1)
+    grad_gate_up, grad_weights = torch.autograd.grad(act, (gate_up, weights), upstream)
+    ours = device.weighted_swiglu_backward(upstream, gate_up.detach(), t.weights_TK, plan.slot_of_row_M)
+    return list(zip(ours, (grad_gate_up, act.detach(), grad_weights), strict=True))
+
+
 def _loss(device: DeviceOps, in_steps: bool) -> Pairs:
     """Log-probabilities, entropies and the logits' gradient."""
     rows = LossCase(num_tokens=3, vocab=5000, dim=6, dtype=torch.float32, with_loss=1.0, seed=1)
@@ -137,6 +148,13 @@ def _dequantize(device: DeviceOps) -> Pairs:
     return [(ours, ops.reference_dequantize_fp8(values, scales, (1, 128)))]
 
 
+def _transpose(device: DeviceOps) -> Pairs:
+    tiles = random(1, 180, 140) * torch.arange(1, 141)
+    values, scales = ops.reference_quantize_fp8(tiles, (128, 128))
+    values_t, scales_t = device.transpose_fp8(values, scales)
+    return [(values_t.float(), values.mT.float()), (scales_t, scales.mT)]
+
+
 def _pool(device: DeviceOps) -> Pairs:
     patches, grid, _ = PATCHES.tensors()
     clips, num_out = clip_table(grid, PATCHES.num_patches, PATCHES.merge)
@@ -166,12 +184,14 @@ CHECKS = {
     "combine_backward_kernel": KernelCheck("dispatch", _combine_backward),
     "swiglu_kernel": KernelCheck("swiglu", _swiglu),
     "swiglu_backward_kernel": KernelCheck("swiglu", _swiglu_backward),
+    "weighted_swiglu_backward_kernel": KernelCheck("swiglu", _weighted_swiglu_backward),
     "token_losses_kernel": _IN_STEPS,
     "logit_stats_kernel": _IN_STEPS,
     "logit_grad_kernel": _IN_STEPS,
     "loss_rows_kernel": KernelCheck("policy_loss", lambda device: _loss(device, in_steps=False)),
     "quantize_fp8_kernel": KernelCheck("fp8_quantize", _quantize),
     "dequantize_fp8_kernel": KernelCheck("fp8_quantize", _dequantize),
+    "transpose_fp8_kernel": KernelCheck("fp8_quantize", _transpose),
     "pool_temporal_patches_kernel": KernelCheck("pool_temporal_patches", _pool),
     "pool_temporal_patches_backward_kernel": KernelCheck("pool_temporal_patches", _pool_backward),
 }

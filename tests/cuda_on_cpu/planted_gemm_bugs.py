@@ -7,7 +7,8 @@ from tests.cuda_on_cpu.planted_bugs import PlantedBug
 KERNELS, WRAPPERS = "gemm/kernels.cuh", "common/hopper.cuh"
 LOAD_RACE = "race at byte .*a bulk copy to shared memory"
 
-BF16, TRANSPOSED, FP8, WEIGHT_GRADS = 0, 1, 2, 3  # instances in small_gemm.cu
+# Instances in small_gemm.cu; ADDED are weight gradients that are added to the result.
+BF16, TRANSPOSED, FP8, WEIGHT_GRADS, FP8_WEIGHT_GRADS, ADDED = range(6)
 MULTIPLY = "    if constexpr (Config::kWeightGrads) {\n      const int left"  # the first statement behind the wait
 WAIT = "    wait_for_phase(shared.full() + ring.stage, ring.parity);\n"
 
@@ -83,8 +84,8 @@ PLANTED_GEMM_BUGS = (
         sort="wait",
         instance=FP8,
         file=KERNELS,
-        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n",
-        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n",
+        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n    free_stage",
+        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n    free_stage",
         caught_as="",
     ),
     PlantedGemmBug(
@@ -265,8 +266,89 @@ PLANTED_GEMM_BUGS = (
         sort="index",
         instance=WEIGHT_GRADS,
         file=KERNELS,
-        old="const int first = tile.row - tile.expert * (p.rows / p.num_experts);",
-        new="const int first = tile.row;",
+        old="return tile.row - tile.expert * (p.rows / p.num_experts);",
+        new="return tile.row;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="scales of the next columns",
+        sort="scale",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="shared.scales(ring.stage) + kTileM + first_column();",
+        new="shared.scales(ring.stage) + kTileM + first_column() + 8;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="an expert's scales from the start of the row",
+        sort="scale",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old=" + tile.depth_start / kScaleBlock;",
+        new=";",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="an empty expert's gradients not cleared",
+        sort="tile",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="if (Config::kWeightGrads && p.accumulate && tile.depth_start == tile.depth_end) continue;",
+        new="if (Config::kWeightGrads && tile.depth_start == tile.depth_end) continue;",
+        caught_as="NaN where there is a result",
+    ),
+    PlantedGemmBug(
+        name="stage freed before all lanes have read its scales",
+        sort="barrier",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="    __syncwarp();  // all lanes have read the scales\n",
+        new="",
+        caught_as="race at byte .* of shared memory",
+    ),
+    PlantedGemmBug(
+        name="scales announced before all lanes have written them",
+        sort="barrier",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="      __syncwarp();\n      if (lane == 0) arrive(shared.full()",
+        new="      if (lane == 0) arrive(shared.full()",
+        caught_as="race at byte .* of shared memory",
+    ),
+    PlantedGemmBug(
+        name="consumers do not wait for the scales of B",
+        sort="wait",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="Config::kScalesInStages ? 3 : 1",
+        new="Config::kScalesInStages ? 2 : 1",
+        caught_as="race at byte|arrivals",
+    ),
+    PlantedGemmBug(
+        name="scales gathered into a stage that is in use",
+        sort="wait",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="      wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);\n      float* to",
+        new="      float* to",
+        caught_as="race at byte|arrivals",
+    ),
+    PlantedGemmBug(
+        name="gradients overwritten that should be added to",
+        sort="index",
+        instance=ADDED,
+        file=KERNELS,
+        old="if (Config::kWeightGrads && kF32 && p.accumulate) {",
+        new="if (false) {",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="the last rows of an expert overwritten, not added to",
+        sort="index",
+        instance=ADDED,
+        file=KERNELS,
+        old="const float low = adds ? value_at(to) + sums[i] : sums[i];",
+        new="const float low = sums[i];",
         caught_as="",
     ),
     PlantedGemmBug(

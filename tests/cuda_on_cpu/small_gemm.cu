@@ -18,8 +18,14 @@ void gemm_fp8([[maybe_unused]] const GemmFp8& p, [[maybe_unused]] Stream stream)
 }
 
 void gemm_bf16_weight_grads([[maybe_unused]] const GemmBf16WeightGrads& p, [[maybe_unused]] Stream stream) {
-#if K25_INSTANCE == 3
+#if K25_INSTANCE == 3 || K25_INSTANCE == 5
   launch_gemm<GemmConfig<Bf16Operands, 128, GemmKind::weight_grads>>(call_of(p), stream);
+#endif
+}
+
+void gemm_fp8_weight_grads([[maybe_unused]] const GemmFp8WeightGrads& p, [[maybe_unused]] Stream stream) {
+#if K25_INSTANCE == 4
+  launch_gemm<GemmConfig<E4m3Operands, 64, GemmKind::weight_grads>>(call_of(p), stream);
 #endif
 }
 

@@ -72,6 +72,7 @@ def _define_arithmetic() -> None:
     _expression(r"not\.(pred)", "!{a}", one)
     _expression(r"bfi\.(b32|b64)", "bit_field_insert<{T}>({a}, {b}, {c}, {d})", lambda m: [m[1], m[1], "u32", "u32"])
     _expression(r"bfe\.([us](?:32|64))", "bit_field_extract<{T}>({a}, {b}, {c})", lambda m: [m[1], "u32", "u32"])
+    _expression(r"prmt\.(b32)", "permute_bytes({a}, {b}, {c})", lambda m: [m[1], m[1], "u32"])
     _expression(r"popc\.(b32)", "uint32_t(__builtin_popcount({a}))", one)
     _expression(r"popc\.(b64)", "uint32_t(__builtin_popcountll({a}))", one)
     _expression(r"selp\.([busf](?:16|32|64))", "({c} ? {a} : {b})", lambda m: [m[1], m[1], "pred"])

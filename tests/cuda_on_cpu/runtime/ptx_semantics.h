@@ -52,6 +52,17 @@ using Unsigned = std::make_unsigned_t<T>;
 
 // ---- integers: two's complement, modulo 2^width
 
+// prmt: each nibble of the selector names one of the eight bytes, or, with its high bit, that byte's sign in all bits.
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> 4 * i & 15, byte = uint32_t(bytes >> 8 * (nibble & 7)) & 255;
+    result |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return result;
+}
+
 // Narrow types promote to int, whose overflow C++ does not define: wide enough and unsigned.
 template <class T>
 T wrap_mul(T a, T b) {
