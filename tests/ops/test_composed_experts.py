@@ -110,7 +110,11 @@ def test_gradcheck(unfused: None) -> None:
     case = MoeCase(num_tokens=5, num_experts=3, top_k=2, dim=4, width=3, dtype=torch.float64, routing="uniform", seed=1)
     t = case.tensors()
     plan = ops.reference_plan_dispatch(t.experts_TK, 3)
-    assert torch.autograd.gradcheck(lambda *layer: ops.expert_mlp(*layer, None, plan=plan), t.leaves())
+
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        return ops.expert_mlp(x, gate_up, down, weights, None, plan=plan)
+
+    assert torch.autograd.gradcheck(layer, t.leaves())
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
