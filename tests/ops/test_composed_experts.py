@@ -100,6 +100,11 @@ def test_backends_on_cuda() -> None:
     assert defaults == ["native", "torch_grouped_mm"]
     with pytest.raises(ValueError, match=r"got 'native' with float32 on cuda, accepted bfloat16 for 'native', or"):
         ops.backends.choose("expert_mlp", "native", cuda, torch.float32)
+    for name in (None, "torch_grouped_mm"):
+        with pytest.raises(
+            ValueError, match=r"with float64 on cuda, accepted bfloat16 or float32 there, or float64 on"
+        ):
+            ops.backends.choose("expert_mlp", name, cuda, torch.float64)
 
 
 def test_fp8_store(unfused: None) -> None:
