@@ -56,6 +56,7 @@ struct GemmConfig {
   static constexpr int kStages = (kMaxSharedBytes - kEpilogueBytes - kBarrierBytes) / (kStageBytes + kScaleBytes);
   static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes) + kEpilogueBytes + kBarrierBytes;
   static_assert(kStages >= 4 && kStages * 16 <= kBarrierBytes);
+  static_assert(!kScaled || kTileK == kScaleBlock);
 };
 
 struct GemmParams {

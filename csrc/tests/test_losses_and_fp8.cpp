@@ -174,8 +174,11 @@ void test_fp8(int64_t m, int64_t n, int64_t k, int num_threads) {
 template <class Value>
 void test_products(DType dtype, int64_t m, int64_t n, int64_t k, int num_threads) {
   const auto in = [](const std::vector<float>& values) {
-    if constexpr (sizeof(Value) == 2) return to_bf16(values);
-    return std::vector<float>(values);
+    if constexpr (sizeof(Value) == 2) {
+      return to_bf16(values);
+    } else {
+      return values;
+    }
   };
   auto both = normal_numbers(2 * n * k, 4);
   std::copy(both.begin(), both.begin() + n * k, both.begin() + n * k);  // two experts with the same matrix

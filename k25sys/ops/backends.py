@@ -56,16 +56,17 @@ def choose(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
     what the tensor cores' kernel does not multiply. Raises BackendError where it cannot, with the reason."""
     kind = "cpu" if device.type == "meta" else device.type
     native_takes = op != "expert_mlp" or kind == "cpu" or dtype == torch.bfloat16
-    if name is None:
-        return "native" if native_takes else "torch_grouped_mm"
-    if name == "native" and not native_takes:
+    chosen = name or ("native" if native_takes else "torch_grouped_mm")
+    if chosen == "native" and not native_takes:
         got = f"'native' with {str(dtype).removeprefix('torch.')} on {kind}"
         raise BackendError(message(op, "backend", got, "bfloat16 for 'native', or 'torch_grouped_mm'"))
+    if chosen == "torch_grouped_mm" and dtype == torch.float64:
+        accepted = "'native' for float64" if kind == "cpu" else "bfloat16 or float32 there, or float64 on the CPU"
+        raise BackendError(message(op, "backend", f"{chosen!r} with float64 on {kind}", accepted))
+    if name is None:
+        return chosen
     here = [backend for backend in listing(op) if backend.device == kind]
-    for backend in here:
-        if backend.name == name and backend.available:
-            if name == "torch_grouped_mm" and dtype == torch.float64:
-                raise BackendError(message(op, "backend", f"{name!r} with float64", "'native' for float64"))
-            return name
+    if any(backend.name == name and backend.available for backend in here):
+        return name
     accepted = ", ".join(repr(b.name) if b.available else f"{b.name!r} (unavailable: {b.reason})" for b in here)
     raise BackendError(message(op, "backend", repr(name), f"{accepted or 'none'} on {kind}"))

@@ -100,6 +100,11 @@ def test_backends_on_cuda() -> None:
     assert defaults == ["native", "torch_grouped_mm"]
     with pytest.raises(ValueError, match=r"got 'native' with float32 on cuda, accepted bfloat16 for 'native', or"):
         ops.backends.choose("expert_mlp", "native", cuda, torch.float32)
+    for name in (None, "torch_grouped_mm"):
+        with pytest.raises(
+            ValueError, match=r"with float64 on cuda, accepted bfloat16 or float32 there, or float64 on"
+        ):
+            ops.backends.choose("expert_mlp", name, cuda, torch.float64)
 
 
 def test_fp8_store(unfused: None) -> None:
@@ -110,7 +115,11 @@ def test_gradcheck(unfused: None) -> None:
     case = MoeCase(num_tokens=5, num_experts=3, top_k=2, dim=4, width=3, dtype=torch.float64, routing="uniform", seed=1)
     t = case.tensors()
     plan = ops.reference_plan_dispatch(t.experts_TK, 3)
-    assert torch.autograd.gradcheck(lambda *layer: ops.expert_mlp(*layer, None, plan=plan), t.leaves())
+
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Tensor:
+        return ops.expert_mlp(x, gate_up, down, weights, None, plan=plan)
+
+    assert torch.autograd.gradcheck(layer, t.leaves())
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
