@@ -325,8 +325,8 @@ PLANTED_BUGS = (
         sort="stride",
         kernel="swiglu_backward_kernel",
         file="swiglu/kernels.cuh",
-        old="store(grad_row + p.width + i, ups);",
-        new="store(grad_row + i, ups);",
+        old="store(grad_row + p.width + i, ups);\n  }\n}",
+        new="store(grad_row + i, ups);\n  }\n}",
         caught_as="",
     ),
     PlantedBug(

@@ -27,8 +27,8 @@ WIDE = {
     ("dispatch", "combine_backward_kernelINS0_4Bf16ELb1"): (2, 1),
     ("swiglu", "13swiglu_kernelIfLb1"): (2, 1),
     ("swiglu", "13swiglu_kernelINS0_4Bf16ELb1"): (2, 1),
-    ("swiglu", "swiglu_backward_kernelIfLb1"): (3, 2),
-    ("swiglu", "swiglu_backward_kernelINS0_4Bf16ELb1"): (3, 2),
+    ("swiglu", "22swiglu_backward_kernelIfLb1"): (3, 2),
+    ("swiglu", "22swiglu_backward_kernelINS0_4Bf16ELb1"): (3, 2),
     ("pool_temporal_patches", "28pool_temporal_patches_kernelIfLb1"): (5, 1),
     ("pool_temporal_patches", "28pool_temporal_patches_kernelINS0_4Bf16ELb1"): (5, 1),
     ("pool_temporal_patches", "pool_temporal_patches_backward_kernelIfLb1"): (1, 1),
@@ -200,6 +200,7 @@ LOADED_AGAIN = {
     "dispatch_kernel": 8.1,  # a token, by each of its 8 experts' rows
     "combine_kernel": 1.5,  # weights and row numbers, by every thread
     "combine_backward_kernel": 1.8,  # a token's gradient, by each of its 8 rows
+    "weighted_swiglu_backward_kernel": 1.03,  # slot and weight, by every lane
     "logit_grad_kernel": 1.03,  # the row's numbers, by every thread
     "logit_stats_kernel": 1.01,
     "loss_rows_kernel": 2.05,  # logits, for their sum and for their gradient
