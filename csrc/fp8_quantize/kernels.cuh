@@ -157,11 +157,14 @@ constexpr size_t kTransposeBytes = kFp8Tile * kWordStride * sizeof(uint32_t);
 // Up to four neighbours, of which `left` exist.
 template <bool kWords>
 __device__ __forceinline__ uint32_t load_codes(const uint8_t* from, int64_t left) {
-  if constexpr (kWords) return left > 0 ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0u;
   uint32_t word = 0;
+  if constexpr (kWords) {
+    if (left > 0) word = __ldg(reinterpret_cast<const uint32_t*>(from));
+  } else {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (i < left) word |= uint32_t(__ldg(from + i)) << 8 * i;
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < left) word |= uint32_t(__ldg(from + i)) << 8 * i;
+    }
   }
   return word;
 }
@@ -170,11 +173,11 @@ template <bool kWords>
 __device__ __forceinline__ void store_word(uint8_t* to, uint32_t word, int64_t left) {
   if constexpr (kWords) {
     if (left > 0) *reinterpret_cast<uint32_t*>(to) = word;
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (i < left) to[i] = uint8_t(word >> 8 * i);
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < left) to[i] = uint8_t(word >> 8 * i);
+    }
   }
 }
 
