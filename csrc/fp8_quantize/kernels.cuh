@@ -157,16 +157,16 @@ constexpr size_t kTransposeBytes = kFp8Tile * kWordStride * sizeof(uint32_t);
 // Up to four neighbours, of which `left` exist.
 template <bool kWords>
 __device__ __forceinline__ uint32_t load_codes(const uint8_t* from, int64_t left) {
+  uint32_t word = 0;
   if constexpr (kWords) {
-    return left > 0 ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0u;
+    if (left > 0) word = __ldg(reinterpret_cast<const uint32_t*>(from));
   } else {
-    uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (i < left) word |= uint32_t(__ldg(from + i)) << 8 * i;
     }
-    return word;
   }
+  return word;
 }
 
 template <bool kWords>

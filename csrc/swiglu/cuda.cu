@@ -37,7 +37,7 @@ void launch(const Problem& p, bool aligned, Stream stream) {
 
 template <class Element, bool kVectorized>
 void launch_weighted(const WeightedSwigluBackward& p, Stream stream) {
-  const auto kernel = &weighted_swiglu_backward_kernel<Element, kVectorized>;
+  const auto kernel = &weighted_swiglu_grads_kernel<Element, kVectorized>;
   const dim3 grid(unsigned(ceil_div(p.num_rows, kSwigluRowWarps)));
   K25_LAUNCH(kernel, grid, kSwigluRowWarps * kWarpSize, 0, stream, p);
 }

@@ -57,7 +57,7 @@ constexpr int kSwigluRowWarps = 8;  // of a block; each works on a row
 
 template <class Element, bool kVectorized>
 __global__ void __launch_bounds__(kSwigluRowWarps* kWarpSize)
-    weighted_swiglu_backward_kernel(WeightedSwigluBackward p) {
+    weighted_swiglu_grads_kernel(WeightedSwigluBackward p) {
   using Scalar = ScalarOf<Element>;
   constexpr int kCount = kPerAccess<Element, kVectorized>;
   const int lane = int(threadIdx.x) % kWarpSize;
