@@ -28,7 +28,7 @@ class DeviceOps:
 
     def _garbage(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         empty = torch.empty(shape, dtype=dtype)
-        return self._place(empty.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max - 0x5A))
+        return self._place(empty.fill_(float("nan") if dtype.is_floating_point else -0x5A5A5A5A))
 
     def _call(self, op: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor], arguments: list[object]) -> None:
         """Tensors among `arguments` become their addresses."""

@@ -214,7 +214,7 @@ ROW_CASES: Mapping[str, RowCase] = {
         op="swiglu", rows=FEW, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_swiglu_backward,
         work=lambda m, s: Work(3 * m * WIDTH * s, 2 * m * WIDTH * s),
     ),
-    "weighted_swiglu_backward_kernel": RowCase(
+    "weighted_swiglu_grads_kernel": RowCase(
         op="swiglu", rows=FEW, rows_at_scale=TOKENS * TOP_K, unit="rows", run=_weighted_swiglu_backward,
         work=lambda m, s: Work(
             3 * m * WIDTH * s + m * (INDEX + _per_scalar(s)), 3 * m * WIDTH * s + m * _per_scalar(s)

@@ -184,7 +184,7 @@ CHECKS = {
     "combine_backward_kernel": KernelCheck("dispatch", _combine_backward),
     "swiglu_kernel": KernelCheck("swiglu", _swiglu),
     "swiglu_backward_kernel": KernelCheck("swiglu", _swiglu_backward),
-    "weighted_swiglu_backward_kernel": KernelCheck("swiglu", _weighted_swiglu_backward),
+    "weighted_swiglu_grads_kernel": KernelCheck("swiglu", _weighted_swiglu_backward),
     "token_losses_kernel": _IN_STEPS,
     "logit_stats_kernel": _IN_STEPS,
     "logit_grad_kernel": _IN_STEPS,

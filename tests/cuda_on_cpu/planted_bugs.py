@@ -404,7 +404,7 @@ PLANTED_BUGS = (
     PlantedBug(
         name="routing weight of the row's number, not of its slot",
         sort="scale",
-        kernel="weighted_swiglu_backward_kernel",
+        kernel="weighted_swiglu_grads_kernel",
         file="swiglu/kernels.cuh",
         old="static_cast<const Scalar*>(p.weights) + slot);",
         new="static_cast<const Scalar*>(p.weights) + m);",
@@ -413,7 +413,7 @@ PLANTED_BUGS = (
     PlantedBug(
         name="gradient of the routing weight with the weight in it",
         sort="reduction",
-        kernel="weighted_swiglu_backward_kernel",
+        kernel="weighted_swiglu_grads_kernel",
         file="swiglu/kernels.cuh",
         old="dot = fma(grads[j], value, dot);",
         new="dot = fma(grads[j] * weight, value, dot);",

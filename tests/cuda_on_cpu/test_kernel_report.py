@@ -200,7 +200,7 @@ LOADED_AGAIN = {
     "dispatch_kernel": 8.1,  # a token, by each of its 8 experts' rows
     "combine_kernel": 1.5,  # weights and row numbers, by every thread
     "combine_backward_kernel": 1.8,  # a token's gradient, by each of its 8 rows
-    "weighted_swiglu_backward_kernel": 1.03,  # slot and weight, by every lane
+    "weighted_swiglu_grads_kernel": 1.03,  # slot and weight, by every lane
     "logit_grad_kernel": 1.03,  # the row's numbers, by every thread
     "logit_stats_kernel": 1.01,
     "loss_rows_kernel": 2.05,  # logits, for their sum and for their gradient
