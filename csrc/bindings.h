@@ -9,7 +9,9 @@
 #include <type_traits>
 
 #include "dispatch/api.h"
+#include "fp8_gemm/api.h"
 #include "fp8_quantize/api.h"
+#include "grouped_gemm/api.h"
 #include "plan_dispatch/api.h"
 #include "policy_loss/api.h"
 #include "pool_temporal_patches/api.h"
@@ -38,14 +40,24 @@ struct OpTable {
   void (*combine_backward)(const CombineBackward&, Where);
   void (*swiglu)(const Swiglu&, Where);
   void (*swiglu_backward)(const SwigluBackward&, Where);
+  void (*weighted_swiglu_backward)(const WeightedSwigluBackward&, Where);
   void (*token_losses)(const TokenLosses&, Where);
   void (*logit_stats)(const LogitStats&, Where);
   void (*logit_grad)(const LogitGrad&, Where);
   void (*loss_rows)(const LossRows&, Where);
   void (*quantize_fp8)(const QuantizeFp8&, Where);
   void (*dequantize_fp8)(const DequantizeFp8&, Where);
+  void (*transpose_fp8)(const TransposeFp8&, Where);
   void (*pool_temporal_patches)(const PoolTemporalPatches&, Where);
   void (*pool_temporal_patches_backward)(const PoolTemporalPatchesBackward&, Where);
+};
+
+// Apart from the others: the executor builds the matrix products as a module of their own.
+template <class Where>
+struct ProductTable {
+  void (*grouped_gemm)(const GroupedGemm&, Where);
+  void (*grouped_gemm_weight_grads)(const GroupedGemmWeightGrads&, Where);
+  void (*fp8_gemm)(const Fp8Gemm&, Where);
 };
 
 // How Python passes Where: a count of threads, or the stream's address.
@@ -143,6 +155,54 @@ void bind_rows(py::module_& module, const OpTable<Where>& ops) {
       release());
 }
 
+template <class Where>
+void bind_weighted_swiglu(py::module_& module, const OpTable<Where>& ops) {
+  module.def(
+      "weighted_swiglu_backward",
+      [run = ops.weighted_swiglu_backward](Address grad_act, Address gate_up, Address weights, Address slot_of_row,
+                                           Address grad_gate_up, Address weighted_act, Address grad_weights,
+                                           int64_t num_rows, int64_t width, int dtype, WhereArgument<Where> where) {
+        run({at<void>(grad_act), at<void>(gate_up), at<void>(weights), at<int32_t>(slot_of_row), at<void>(grad_gate_up),
+             at<void>(weighted_act), at<void>(grad_weights), num_rows, width, DType(dtype)},
+            to_where<Where>(where));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Where>
+void bind_products(py::module_& module, const ProductTable<Where>& ops) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using W = WhereArgument<Where>;
+  module.def(
+      "grouped_gemm",
+      [run = ops.grouped_gemm](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t columns,
+                               int64_t depth, int64_t num_experts, bool b_is_transposed, int dtype, W where) {
+        run({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, columns, depth, num_experts,
+             b_is_transposed, DType(dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "grouped_gemm_weight_grads",
+      [run = ops.grouped_gemm_weight_grads](Address a, Address b, Address offsets, Address out, int64_t rows,
+                                            int64_t a_width, int64_t b_width, int64_t num_experts, bool accumulate,
+                                            int dtype, int out_dtype, W where) {
+        run({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, a_width, b_width, num_experts,
+             accumulate, DType(dtype), DType(out_dtype)},
+            to_where<Where>(where));
+      },
+      release());
+  module.def(
+      "fp8_gemm",
+      [run = ops.fp8_gemm](Address a, Address a_scales, Address b, Address b_scales, Address offsets, Address out,
+                           int64_t m, int64_t n, int64_t k, int64_t num_groups, int grouping, int out_dtype, W where) {
+        run({at<uint8_t>(a), at<float>(a_scales), at<uint8_t>(b), at<float>(b_scales), at<int32_t>(offsets),
+             at<void>(out), m, n, k, num_groups, Fp8Grouping(grouping), DType(out_dtype)},
+            to_where<Where>(where));
+      },
+      release());
+}
+
 // (old_logprobs, advantages, weights, objective, log_low, log_high, tau, penalty_on_all)
 using LossTokensTuple = std::tuple<Address, Address, Address, int, double, double, double, bool>;
 
@@ -218,6 +278,19 @@ void bind_fp8(py::module_& module, const OpTable<Where>& ops) {
 }
 
 template <class Where>
+void bind_transpose_fp8(py::module_& module, const OpTable<Where>& ops) {
+  module.def(
+      "transpose_fp8",
+      [run = ops.transpose_fp8](Address values, Address scales, Address values_transposed, Address scales_transposed,
+                                int64_t batch, int64_t rows, int64_t cols, WhereArgument<Where> where) {
+        run({at<uint8_t>(values), at<float>(scales), at<uint8_t>(values_transposed), at<float>(scales_transposed),
+             batch, rows, cols},
+            to_where<Where>(where));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Where>
 void bind_patches(py::module_& module, const OpTable<Where>& ops) {
   using release = py::call_guard<py::gil_scoped_release>;
   using W = WhereArgument<Where>;
@@ -247,8 +320,10 @@ template <class Where>
 void bind_ops(py::module_& module, const OpTable<Where>& ops) {
   bind_routing(module, ops);
   bind_rows(module, ops);
+  bind_weighted_swiglu(module, ops);
   bind_losses(module, ops);
   bind_fp8(module, ops);
+  bind_transpose_fp8(module, ops);
   bind_patches(module, ops);
 }
 

@@ -101,6 +101,16 @@ void check_plan(const char* op, const P& p) {
   }
 }
 
+void check_offsets(const char* op, const int32_t* offsets, int64_t num_experts, int64_t num_rows) {
+  for (int64_t e = 0; e <= num_experts; ++e) {
+    const int64_t least = e == 0 ? 0 : offsets[e - 1], most = e == 0 ? 0 : num_rows;
+    if (offsets[e] >= least && offsets[e] <= most && (e < num_experts || offsets[e] == num_rows)) continue;
+    throw std::out_of_range(std::string(op) + ": offsets[" + std::to_string(e) + "]: got " +
+                            std::to_string(offsets[e]) + ", accepted numbers that rise from 0 to " +
+                            std::to_string(num_rows));
+  }
+}
+
 [[noreturn]] void bad_grid(const std::string& where, const std::string& got, const std::string& accepted) {
   throw std::invalid_argument("pool_temporal_patches: grid_thw_N3" + where + ": got " + got + ", accepted " + accepted);
 }
@@ -280,9 +290,25 @@ void combine_backward(const CombineBackward& p, int num_threads) {
 
 void swiglu(const Swiglu& p, int num_threads) { K25_RUN(swiglu, p, num_threads); }
 void swiglu_backward(const SwigluBackward& p, int num_threads) { K25_RUN(swiglu_backward, p, num_threads); }
+void weighted_swiglu_backward(const WeightedSwigluBackward& p, int num_threads) {
+  check_table("weighted_swiglu_backward", "slot_of_row", p.slot_of_row, p.num_rows, p.num_rows);
+  K25_RUN(weighted_swiglu_backward, p, num_threads);
+}
 
 void quantize_fp8(const QuantizeFp8& p, int num_threads) { K25_RUN(quantize_fp8, p, num_threads); }
 void dequantize_fp8(const DequantizeFp8& p, int num_threads) { K25_RUN(dequantize_fp8, p, num_threads); }
+
+void transpose_fp8(const TransposeFp8& p, int num_threads) { K25_RUN(transpose_fp8, p, num_threads); }
+
+void grouped_gemm(const GroupedGemm& p, int num_threads) {
+  check_offsets("grouped_gemm", p.offsets, p.num_experts, p.rows);
+  K25_RUN(grouped_gemm, p, num_threads);
+}
+
+void grouped_gemm_weight_grads(const GroupedGemmWeightGrads& p, int num_threads) {
+  check_offsets("grouped_gemm_wgrad", p.offsets, p.num_experts, p.rows);
+  K25_RUN(grouped_gemm_weight_grads, p, num_threads);
+}
 
 void fp8_gemm(const Fp8Gemm& p, int num_threads) {
   const bool reduces = p.grouping == Fp8Grouping::reduction;

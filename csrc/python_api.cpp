@@ -7,11 +7,9 @@
 #include "common/machine.h"
 #include "common/threads.h"
 #include "expert_mlp/api.h"
-#include "fp8_gemm/api.h"
 #include "linear_loss/api.h"
 #if defined(K25_WITH_CUDA)
 #include "common/cuda_device.h"
-#include "gemm/api.h"
 #endif
 
 namespace {
@@ -100,18 +98,6 @@ void bind_expert_mlp(py::module_& module) {
       release());
 }
 
-void bind_fp8_gemm(py::module_& module) {
-  module.def(
-      "fp8_gemm",
-      [](Address a, Address a_scales, Address b, Address b_scales, Address offsets, Address out, int64_t m, int64_t n,
-         int64_t k, int64_t num_groups, int grouping, int out_dtype, int num_threads) {
-        cpu::fp8_gemm({at<uint8_t>(a), at<float>(a_scales), at<uint8_t>(b), at<float>(b_scales), at<int32_t>(offsets),
-                       at<void>(out), m, n, k, num_groups, Fp8Grouping(grouping), DType(out_dtype)},
-                      num_threads);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 void bind_linear_loss(py::module_& module) {
   using release = py::call_guard<py::gil_scoped_release>;
   module.def(
@@ -174,44 +160,13 @@ py::dict cuda_info() {
 }
 
 #if defined(K25_WITH_CUDA)
-void bind_cuda_gemms(py::module_& module) {
-  using release = py::call_guard<py::gil_scoped_release>;
-  module.def(
-      "gemm_bf16",
-      [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t columns, int64_t depth,
-         int64_t num_experts, bool b_is_transposed, int out_dtype, Address stream) {
-        cuda::gemm_bf16({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, columns, depth,
-                         num_experts, b_is_transposed, DType(out_dtype)},
-                        at<void>(stream));
-      },
-      release());
-  module.def(
-      "gemm_bf16_weight_grads",
-      [](Address a, Address b, Address offsets, Address out, int64_t rows, int64_t a_width, int64_t b_width,
-         int64_t num_experts, int out_dtype, Address stream) {
-        cuda::gemm_bf16_weight_grads({at<void>(a), at<void>(b), at<int32_t>(offsets), at<void>(out), rows, a_width,
-                                      b_width, num_experts, DType(out_dtype)},
-                                     at<void>(stream));
-      },
-      release());
-  module.def(
-      "gemm_fp8",
-      [](Address a, Address b, Address a_scales, Address b_scales, Address offsets, Address out, int64_t rows,
-         int64_t columns, int64_t depth, int64_t num_experts, int out_dtype, Address stream) {
-        cuda::gemm_fp8({at<void>(a), at<void>(b), at<float>(a_scales), at<float>(b_scales), at<int32_t>(offsets),
-                        at<void>(out), rows, columns, depth, num_experts, DType(out_dtype)},
-                       at<void>(stream));
-      },
-      release());
-}
-
 void bind_cuda(py::module_ module) {
-  bind_cuda_gemms(module);
-  bind_ops<Stream>(
-      module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch, cuda::combine,
-               cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward, cuda::token_losses, cuda::logit_stats,
-               cuda::logit_grad, cuda::loss_rows, cuda::quantize_fp8, cuda::dequantize_fp8, cuda::pool_temporal_patches,
-               cuda::pool_temporal_patches_backward});
+  bind_products<Stream>(module, {cuda::grouped_gemm, cuda::grouped_gemm_weight_grads, cuda::fp8_gemm});
+  bind_ops<Stream>(module, {cuda::route_tokens, cuda::route_tokens_backward, cuda::plan_dispatch, cuda::dispatch,
+                            cuda::combine, cuda::combine_backward, cuda::swiglu, cuda::swiglu_backward,
+                            cuda::weighted_swiglu_backward, cuda::token_losses, cuda::logit_stats, cuda::logit_grad,
+                            cuda::loss_rows, cuda::quantize_fp8, cuda::dequantize_fp8, cuda::transpose_fp8,
+                            cuda::pool_temporal_patches, cuda::pool_temporal_patches_backward});
   module.def("plan_dispatch_workspace", &cuda::plan_dispatch_workspace);
 }
 #endif
@@ -227,11 +182,12 @@ PYBIND11_MODULE(_C, module) {
   py::module_ cpu_module = module.def_submodule("cpu");
   bind_cpu_machine(cpu_module);
   bind_ops<int>(cpu_module, {cpu::route_tokens, cpu::route_tokens_backward, cpu::plan_dispatch, cpu::dispatch,
-                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward, cpu::token_losses,
-                             cpu::logit_stats, cpu::logit_grad, cpu::loss_rows, cpu::quantize_fp8, cpu::dequantize_fp8,
+                             cpu::combine, cpu::combine_backward, cpu::swiglu, cpu::swiglu_backward,
+                             cpu::weighted_swiglu_backward, cpu::token_losses, cpu::logit_stats, cpu::logit_grad,
+                             cpu::loss_rows, cpu::quantize_fp8, cpu::dequantize_fp8, cpu::transpose_fp8,
                              cpu::pool_temporal_patches, cpu::pool_temporal_patches_backward});
   bind_expert_mlp(cpu_module);
-  bind_fp8_gemm(cpu_module);
+  bind_products<int>(cpu_module, {cpu::grouped_gemm, cpu::grouped_gemm_weight_grads, cpu::fp8_gemm});
   bind_linear_loss(cpu_module);
   bind_clip_table(cpu_module);
 #if defined(K25_WITH_CUDA)

@@ -126,6 +126,12 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
 
     return {
         "fp8": fp8,
+        "grouped_gemm": lambda: compare(
+            1e-5,
+            lambda a, b: ops.grouped_gemm(a, b, plan.offsets),
+            lambda a, b: ops.reference_grouped_gemm(a, b, plan.offsets),
+            rows_MD, normal(5, 24, 40),
+        ),
         "linear_clipped_log_ratio_loss": lambda: compare(
             1e-5,
             lambda h, w: ops.linear_clipped_log_ratio_loss(h, w, *tokens, **bounds)[0],

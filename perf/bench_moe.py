@@ -140,7 +140,7 @@ def small_phases(preset: Preset, data: Input) -> dict[str, float]:
 
 
 def bench_rows(kind: str, name: str, data: Input, seconds: float) -> Comparison:
-    """combine or dispatch, forward, against what torch has for it."""
+    """combine, dispatch, or the grouped product of gate and up, forward, against what torch has for it."""
     layer, plan = data.layer, data.plan
     tokens_M = plan.slot_of_row_M.long() // plan.top_k
     rows_MD = layer.x_TD[tokens_M]
@@ -151,11 +151,18 @@ def bench_rows(kind: str, name: str, data: Input, seconds: float) -> Comparison:
             lambda: torch.zeros_like(layer.x_TD).index_add_(0, tokens_M, rows_MD * weights_M1),
         )
         ours: Callable[[], Any] = lambda: ops.combine(rows_MD, layer.weights_TK, plan)  # noqa: E731
-    else:
+    elif kind == "dispatch":
         peer, run = "torch_index_select", lambda: layer.x_TD.index_select(0, tokens_M)
         ours = lambda: ops.dispatch(layer.x_TD, plan)  # noqa: E731
+    else:
+        weight_EGD, ends_E = layer.gate_up_EGD, plan.offsets[1:]
+        peer = "torch_grouped_mm"
+        run = lambda: torch.nn.functional.grouped_mm(rows_MD, weight_EGD.transpose(1, 2), offs=ends_E)  # noqa: E731
+        ours = lambda: ops.grouped_gemm(rows_MD, weight_EGD, plan.offsets)  # noqa: E731
     times = alternate({"k25sys": ours, peer: run}, seconds=seconds, most=200)
     moved = rows_MD.nbytes + (1 if kind == "combine" else plan.top_k) * layer.x_TD.nbytes
+    if kind == "grouped_gemm":
+        moved = rows_MD.nbytes + layer.gate_up_EGD.nbytes + rows_MD.shape[0] * layer.gate_up_EGD.shape[1] * 2
     fields = {"allocator": harness.allocator(), "bytes": moved, "peak_bytes": None, "peers_peak_bytes": {}}
     return Comparison(name=name, ours=times.pop("k25sys"), peers=times, fields=fields)
 
@@ -264,7 +271,7 @@ def main() -> None:
         suffix = f"{dtype}/{kind}/threads={threads}"
         report(bench_experts(f"expert_mlp/{suffix}", presets[dtype], data, arguments.seconds, device).as_json())
         if dtype == "bf16" and not arguments.experts_only and kind == (arguments.routing or "real"):
-            for rows in ("combine", "dispatch"):
+            for rows in ("combine", "dispatch", "grouped_gemm"):
                 report(bench_rows(rows, f"{rows}/{suffix}", data, arguments.seconds / 4).as_json())
     if not arguments.experts_only:
         report(bench_call_overhead())

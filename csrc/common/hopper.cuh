@@ -80,6 +80,12 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, const void* f
                "r"(shared_address(from)), "r"(x), "r"(y)
                : "memory");
 }
+// Adds the tile, f32, to what global memory holds there.
+__device__ __forceinline__ void add_tile(const CUtensorMap* map, const void* from, int32_t x, int32_t y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(x), "r"(y)
+               : "memory");
+}
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all but the latest kPending groups of this thread have read shared memory.
 template <int kPending>

@@ -1,5 +1,5 @@
 // The experts of a MoE layer, fused: gather -> grouped gate/up GEMM -> SwiGLU -> grouped down GEMM -> weighted combine.
-// CPU only: on CUDA k25sys.ops composes the same result from grouped GEMMs and the kernels beside this one.
+// CPU only: on CUDA k25sys/ops/composed_experts.py makes the same from grouped GEMMs and the kernels beside this one.
 #pragma once
 #include "common/types.h"
 

@@ -6,9 +6,7 @@
 #include <type_traits>
 
 #include "common/cpu/isa_functions.h"
-#include "common/cpu/temporary.h"
-#include "grouped_gemm/gemm.h"
-#include "grouped_gemm/matrix_sink.h"
+#include "grouped_gemm/matrices.h"
 
 namespace k25::cpu::K25_ISA {
 namespace {
@@ -33,8 +31,6 @@ class PhaseClock {
   double last_;
 };
 
-constexpr int64_t kSharedColumns = 256;  // of one expert's weight gradient, in one task of several threads
-
 template <class Math>
 struct Experts {
   using Element = typename Math::Element;
@@ -44,7 +40,6 @@ struct Experts {
   static constexpr int lanes = Tile<Math>::kVectorLanes;
   static constexpr int64_t columns = Tile<Math>::kColumns;
   static constexpr int64_t kElementsPerLine = 64 / int64_t(sizeof(Element));
-  static constexpr int64_t kLinesPerRow = (columns + kElementsPerLine - 1) / kElementsPerLine;  // of one panel
 
   static int64_t gate_up_panel_units(int64_t dim, int64_t width) {
     return Panels<Math>::pair_count(width) * units_of<Math>(dim) * columns;
@@ -54,61 +49,6 @@ struct Experts {
   }
 
   // --- packing ---------------------------------------------------------------------------------------------------
-  // Panels of neighbouring columns of a matrix whose rows are the reduction.
-  struct PackColumns {
-    static constexpr bool kInPieces =
-        true;  // rows lie a power of two apart: a whole block does not fit the cache's sets
-    const Element* matrix;
-    int64_t num_columns;
-
-    void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
-      pack_row_panel<Math>(to, Rows<Element>{matrix, num_columns}, panel * columns,
-                           at_most(columns, num_columns - panel * columns), begin, end);
-    }
-    static int64_t most_lines(int64_t elements) { return elements * kLinesPerRow; }
-    int64_t lines(const void** to, int64_t panel, int64_t begin, int64_t end) const {
-      const void** at = to;
-      for (int64_t row = begin; row < end; ++row) {
-        const Element* from = matrix + row * num_columns + panel * columns;
-        for (int64_t c = 0; c < columns; c += kElementsPerLine) *at++ = from + c;
-      }
-      return at - to;
-    }
-  };
-
-  // Panels whose columns are rows of the matrix: the reduction runs along them.
-  struct PackRows {
-    static constexpr bool kInPieces = false;
-    const Element* matrix;
-    int64_t row_length;
-    int64_t num_columns;  // of the panels; for gate_up, of the gate
-    bool is_gate_up;
-
-    PanelColumns columns_of(int64_t panel) const {
-      return is_gate_up ? Panels<Math>::pair_columns(panel, num_columns) : Panels<Math>::columns(panel, num_columns);
-    }
-    void operator()(Unit* to, int64_t panel, int64_t begin, int64_t end) const {
-      const PanelColumns at = columns_of(panel);
-      for (int v = 0; v < kTileVectors; ++v) {
-        pack_transposed<Math>(to + v * lanes, matrix, row_length, at.first[v], at.count[v], begin, end);
-      }
-    }
-    static int64_t most_lines(int64_t elements) {
-      return columns * ((elements + kElementsPerLine - 1) / kElementsPerLine);
-    }
-    int64_t lines(const void** to, int64_t panel, int64_t begin, int64_t end) const {
-      const void** at = to;
-      const PanelColumns wanted = columns_of(panel);
-      for (int v = 0; v < kTileVectors; ++v) {
-        for (int64_t r = 0; r < wanted.count[v]; ++r) {
-          const Element* row = matrix + (wanted.first[v] + r) * row_length;
-          for (int64_t k = begin; k < end; k += kElementsPerLine) *at++ = row + k;
-        }
-      }
-      return at - to;
-    }
-  };
-
   static int64_t units_per_expert(const PackWeights& p) {
     switch (p.kind) {
       case PackKind::gate_up_forward:
@@ -129,23 +69,13 @@ struct Experts {
       const auto* matrix = static_cast<const Element*>(p.weights) + expert * p.rows * p.cols;
       auto* to = static_cast<Unit*>(p.packed) + expert * per_expert + panel * per_panel;
       if (p.kind == PackKind::gate_up_forward) {
-        PackRows{matrix, p.cols, p.rows / 2, true}(to, panel, 0, p.cols);
+        PackRows<Math>{matrix, p.cols, p.rows / 2, true}(to, panel, 0, p.cols);
       } else if (forward) {
-        PackRows{matrix, p.cols, p.rows, false}(to, panel, 0, p.cols);
+        PackRows<Math>{matrix, p.cols, p.rows, false}(to, panel, 0, p.cols);
       } else {
-        PackColumns{matrix, p.cols}(to, panel, 0, p.rows);
+        PackColumns<Math>{matrix, p.cols}(to, panel, 0, p.rows);
       }
     });
-  }
-
-  // --- grouped loops ---------------------------------------------------------------------------------------------
-  template <class Body>
-  static void for_each_panel_task(const int32_t* offsets, int64_t num_experts, int64_t panels, int num_threads,
-                                  const Body& body) {
-    const int64_t count = split_panels(offsets, num_experts, panels, false, num_threads, nullptr);
-    const Temporary<PanelTask> tasks(count);
-    split_panels(offsets, num_experts, panels, false, num_threads, tasks.get());
-    parallel_for(count, num_threads, [&](int64_t i) { body(tasks.get()[i]); });
   }
 
   static Scalar weight_of(const void* weights, const int32_t* slots, int64_t row) {
@@ -172,18 +102,6 @@ struct Experts {
     }
   }
 
-  static void store_tile(Element* out, int64_t row_length, int64_t row, int count, int64_t panel, const Scalar* c,
-                         const void* weights, const int32_t* slots) {
-    const PanelColumns at = Panels<Math>::columns(panel, row_length);
-    for (int r = 0; r < count; ++r, c += columns) {
-      const Scalar weight = weights ? weight_of(weights, slots, row + r) : Scalar(1);
-      for (int v = 0; v < kTileVectors; ++v) {
-        if (at.count[v] == 0) continue;
-        store_partial(out + (row + r) * row_length + at.first[v], load<Vector>(c + v * lanes) * weight, at.count[v]);
-      }
-    }
-  }
-
   static void forward(const ExpertMlp& p, int num_threads) {
     PhaseClock clock(p.phase_seconds);
     const Rows<Element> x{static_cast<const Element*>(p.x), p.dim, p.slot_of_row, p.top_k};
@@ -193,7 +111,8 @@ struct Experts {
           const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
           if (kept) kept += t.expert * gate_up_panel_units(p.dim, p.width);
           multiply_expert_rows<Math>(
-              x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept, PackRows{matrix, p.dim, p.width, true},
+              x, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
+              PackRows<Math>{matrix, p.dim, p.width, true},
               [&](int64_t row, int count, int64_t panel, const Scalar* c) { gate_up_tile(p, row, count, panel, c); });
         });
     clock.lap(0);
@@ -202,11 +121,12 @@ struct Experts {
       const auto* matrix = static_cast<const Element*>(p.down) + t.expert * p.dim * p.width;
       const auto* kept = static_cast<const Unit*>(p.packed_down);
       if (kept) kept += t.expert * panel_units(p.width, p.dim);
-      multiply_expert_rows<Math>(
-          act, p.offsets[t.expert], p.offsets[t.expert + 1], p.width, t, kept, PackRows{matrix, p.width, p.dim, false},
-          [&](int64_t row, int count, int64_t panel, const Scalar* c) {
-            store_tile(static_cast<Element*>(p.out_rows), p.dim, row, count, panel, c, p.weights, p.slot_of_row);
-          });
+      multiply_expert_rows<Math>(act, p.offsets[t.expert], p.offsets[t.expert + 1], p.width, t, kept,
+                                 PackRows<Math>{matrix, p.width, p.dim, false},
+                                 [&](int64_t row, int count, int64_t panel, const Scalar* c) {
+                                   store_tile<Math>(static_cast<Element*>(p.out_rows), p.dim, row, count, panel, c,
+                                                    [&](int64_t m) { return weight_of(p.weights, p.slot_of_row, m); });
+                                 });
     });
     clock.lap(1);
     combine({p.out_rows, nullptr, p.row_of_slot, p.out, p.num_tokens, p.num_tokens * p.top_k, p.dim, p.top_k, p.dtype},
@@ -263,7 +183,7 @@ struct Experts {
       const auto* kept = static_cast<const Unit*>(p.packed_down);
       if (kept) kept += t.expert * panel_units(p.dim, p.width);
       multiply_expert_rows<Math>(grad_out, p.offsets[t.expert], p.offsets[t.expert + 1], p.dim, t, kept,
-                                 PackColumns{matrix, p.width},
+                                 PackColumns<Math>{matrix, p.width},
                                  [&](int64_t row, int count, int64_t panel, const Scalar* c) {
                                    swiglu_grad_tile(p, row, count, panel, c, weight_parts.get(), panels);
                                  });
@@ -282,35 +202,12 @@ struct Experts {
       const auto* matrix = static_cast<const Element*>(p.gate_up) + t.expert * 2 * p.width * p.dim;
       const auto* kept = static_cast<const Unit*>(p.packed_gate_up);
       if (kept) kept += t.expert * panel_units(2 * p.width, p.dim);
-      multiply_expert_rows<Math>(
-          grad, p.offsets[t.expert], p.offsets[t.expert + 1], 2 * p.width, t, kept, PackColumns{matrix, p.dim},
-          [&](int64_t row, int count, int64_t panel, const Scalar* c) {
-            store_tile(static_cast<Element*>(p.grad_x_rows), p.dim, row, count, panel, c, nullptr, nullptr);
-          });
-    });
-  }
-
-  // One weight's gradient, (E, rows, cols): rows are columns of `a`, cols columns of `b`.
-  template <class Grad>
-  static void weight_grad(const ExpertMlpBackward& p, const Rows<Element>& a, const Rows<Element>& b, Grad* out,
-                          int num_threads) {
-    const int64_t rows = a.cols, cols = b.cols;
-    const int64_t most_columns = num_threads <= 1 ? at_least(cols, 1) : kSharedColumns;
-    const int64_t column_blocks = (cols + most_columns - 1) / most_columns;
-    parallel_for(p.num_experts * column_blocks, num_threads, [&](int64_t i) {
-      const int64_t expert = i / column_blocks, column = i % column_blocks * most_columns;
-      const WeightGradTask task{expert, column, at_most(column + most_columns, cols)};
-      Grad* matrix = out + expert * rows * cols;
-      const int64_t begin = p.offsets[expert], end = p.offsets[expert + 1];
-      if (begin == end && !p.accumulate) {
-        for (int64_t r = 0; r < rows; ++r) {
-          std::memset(matrix + r * cols + column, 0, size_t(task.column_end - column) * sizeof(Grad));
-        }
-      }
-      multiply_weight_grad<Math>(a, b, begin, end, task, [&](int64_t row, int64_t column, int64_t valid) {
-        return matrix_sink<Math>(matrix, cols, row, column, valid, p.accumulate);
-      });
-      stream_fence();
+      multiply_expert_rows<Math>(grad, p.offsets[t.expert], p.offsets[t.expert + 1], 2 * p.width, t, kept,
+                                 PackColumns<Math>{matrix, p.dim},
+                                 [&](int64_t row, int count, int64_t panel, const Scalar* c) {
+                                   store_tile<Math>(static_cast<Element*>(p.grad_x_rows), p.dim, row, count, panel, c,
+                                                    [](int64_t) { return Scalar(1); });
+                                 });
     });
   }
 
@@ -325,8 +222,13 @@ struct Experts {
     const Rows<Element> act{static_cast<const Element*>(p.weighted_act_rows), p.width};
     const auto both = [&](auto* kind) {
       using Grad = std::remove_pointer_t<decltype(kind)>;
-      if (p.grad_down) weight_grad(p, grad_out, act, static_cast<Grad*>(p.grad_down), num_threads);
-      if (p.grad_gate_up) weight_grad(p, grad_gate_up, x, static_cast<Grad*>(p.grad_gate_up), num_threads);
+      const auto one = [&](const Rows<Element>& left, const Rows<Element>& right, void* out) {
+        if (!out) return;
+        multiply_weight_grads<Math>(left, right, p.offsets, p.num_experts, p.accumulate, static_cast<Grad*>(out),
+                                    num_threads);
+      };
+      one(grad_out, act, p.grad_down);
+      one(grad_gate_up, x, p.grad_gate_up);
     };
     if (p.weight_grad_dtype == p.dtype) {
       both(static_cast<Element*>(nullptr));

@@ -29,4 +29,10 @@ namespace cpu {
 void fp8_gemm(const Fp8Gemm&, int num_threads);
 }  // namespace cpu
 
+namespace cuda {
+// Throws std::invalid_argument for rows_transposed, whose b transpose_fp8 turns into that of rows, and for what
+// gemm/api.h does not take. Offsets, which may be null for one group of rows, trap.
+void fp8_gemm(const Fp8Gemm&, Stream);
+}  // namespace cuda
+
 }  // namespace k25

@@ -31,14 +31,25 @@ struct DequantizeFp8 {
   DType dtype;  // f32 or bf16
 };
 
+// Values and scales of square tiles, transposed: a scale goes with its tile.
+struct TransposeFp8 {
+  const uint8_t* values;       // (B, M, K)
+  const float* scales;         // (B, tiles of M, tiles of K)
+  uint8_t* values_transposed;  // (B, K, M)
+  float* scales_transposed;    // (B, tiles of K, tiles of M)
+  int64_t batch, rows, cols;
+};
+
 namespace cpu {
 void quantize_fp8(const QuantizeFp8&, int num_threads);
 void dequantize_fp8(const DequantizeFp8&, int num_threads);
+void transpose_fp8(const TransposeFp8&, int num_threads);
 }  // namespace cpu
 
 namespace cuda {
 void quantize_fp8(const QuantizeFp8&, Stream);
 void dequantize_fp8(const DequantizeFp8&, Stream);
+void transpose_fp8(const TransposeFp8&, Stream);
 }  // namespace cuda
 
 }  // namespace k25

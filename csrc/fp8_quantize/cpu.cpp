@@ -130,4 +130,18 @@ void dequantize_fp8(const DequantizeFp8& p, int num_threads) {
   dequantize<float>(p, num_threads);
 }
 
+void transpose_fp8(const TransposeFp8& p, int num_threads) {
+  const int64_t row_tiles = fp8_tiles(p.rows), col_tiles = fp8_tiles(p.cols);
+  parallel_for(p.batch * row_tiles, num_threads, [&](int64_t i) {
+    const int64_t batch = i / row_tiles, tile = i % row_tiles, last = smaller(p.rows, (tile + 1) * kFp8Tile);
+    for (int64_t t = 0; t < col_tiles; ++t) {
+      for (int64_t c = t * kFp8Tile; c < smaller(p.cols, (t + 1) * kFp8Tile); ++c) {
+        uint8_t* to = p.values_transposed + (batch * p.cols + c) * p.rows;
+        for (int64_t m = tile * kFp8Tile; m < last; ++m) to[m] = p.values[(batch * p.rows + m) * p.cols + c];
+      }
+      p.scales_transposed[(batch * col_tiles + t) * row_tiles + tile] = p.scales[i * col_tiles + t];
+    }
+  });
+}
+
 }  // namespace k25::cpu::K25_ISA

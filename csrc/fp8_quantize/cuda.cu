@@ -44,6 +44,14 @@ void launch(const Problem& p, bool aligned, Stream stream) {
 
 void quantize_fp8(const QuantizeFp8& p, Stream stream) { launch(p, aligned16(p.x), stream); }
 
+void transpose_fp8(const TransposeFp8& p, Stream stream) {
+  if (p.batch * p.rows == 0 || p.cols == 0) return;
+  const dim3 grid(unsigned(p.batch * fp8_tiles(p.rows)), unsigned(std::min(fp8_tiles(p.cols), kMaxGridY)));
+  const bool words = p.rows % 4 == 0 && p.cols % 4 == 0 && aligned16(p.values, p.values_transposed);
+  const auto kernel = words ? &transpose_fp8_kernel<true> : &transpose_fp8_kernel<false>;
+  K25_LAUNCH(kernel, grid, kTransposeThreads, kTransposeBytes, stream, p);
+}
+
 void dequantize_fp8(const DequantizeFp8& p, Stream stream) { launch(p, aligned16(p.out, p.values), stream); }
 
 }  // namespace k25::cuda

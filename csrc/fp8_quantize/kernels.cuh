@@ -149,6 +149,78 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_fp8_kernel(Quant
   }
 }
 
+constexpr int kTransposeThreads = 256;
+constexpr int kWordsPerLine = int(kFp8Tile) / 4;  // of a tile, four codes each
+constexpr int kWordStride = kWordsPerLine + 1;    // of the tile in shared memory
+constexpr size_t kTransposeBytes = kFp8Tile * kWordStride * sizeof(uint32_t);
+
+// Up to four neighbours, of which `left` exist.
+template <bool kWords>
+__device__ __forceinline__ uint32_t load_codes(const uint8_t* from, int64_t left) {
+  uint32_t word = 0;
+  if constexpr (kWords) {
+    if (left > 0) word = __ldg(reinterpret_cast<const uint32_t*>(from));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < left) word |= uint32_t(__ldg(from + i)) << 8 * i;
+    }
+  }
+  return word;
+}
+
+template <bool kWords>
+__device__ __forceinline__ void store_word(uint8_t* to, uint32_t word, int64_t left) {
+  if constexpr (kWords) {
+    if (left > 0) *reinterpret_cast<uint32_t*>(to) = word;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i < left) to[i] = uint8_t(word >> 8 * i);
+    }
+  }
+}
+
+// A block for a tile. kWords: rows and columns are multiples of four codes, and so are the addresses.
+template <bool kWords>
+__global__ void __launch_bounds__(kTransposeThreads) transpose_fp8_kernel(TransposeFp8 p) {
+  auto* tile = static_cast<uint32_t*>(shared_memory());
+  const int64_t row_tiles = fp8_tiles(p.rows), col_tiles = fp8_tiles(p.cols);
+  const int64_t batch = int64_t(blockIdx.x) / row_tiles, row_tile = int64_t(blockIdx.x) % row_tiles;
+  const int64_t first_row = row_tile * kFp8Tile, height = p.rows - first_row;
+  for (int64_t t = blockIdx.y; t < col_tiles; t += gridDim.y) {
+    const int64_t first_col = t * kFp8Tile, width = p.cols - first_col;
+    const uint8_t* from = p.values + (batch * p.rows + first_row) * p.cols + first_col;
+    uint8_t* to = p.values_transposed + (batch * p.cols + first_col) * p.rows + first_row;
+    __syncthreads();  // the tile before is done with
+    for (int i = int(threadIdx.x); i < int(kFp8Tile) * kWordsPerLine; i += kTransposeThreads) {
+      const int row = i / kWordsPerLine, word = i % kWordsPerLine;
+      const int64_t left = row < height ? width - 4 * word : 0;
+      tile[row * kWordStride + word] = load_codes<kWords>(from + row * p.cols + 4 * word, left);
+    }
+    __syncthreads();
+    // Four rows of a word become four words of a column each; a warp writes whole columns.
+    for (int i = int(threadIdx.x); i < kWordsPerLine * kWordsPerLine; i += kTransposeThreads) {
+      const int rows = i % kWordsPerLine, word = i / kWordsPerLine;
+      uint32_t lines[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) lines[r] = tile[(4 * rows + r) * kWordStride + word];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        uint32_t column = 0;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) column |= (lines[r] >> 8 * c & 0xffu) << 8 * r;
+        const int col = 4 * word + c;
+        store_word<kWords>(to + col * p.rows + 4 * rows, column, col < width ? height - 4 * rows : 0);
+      }
+    }
+    if (threadIdx.x == 0) {
+      const int64_t in_batch = batch * row_tiles * col_tiles;
+      p.scales_transposed[in_batch + t * row_tiles + row_tile] = __ldg(p.scales + in_batch + row_tile * col_tiles + t);
+    }
+  }
+}
+
 constexpr int kDequantizeThreads = 256;
 
 // Four values a thread: tiles are multiples of four, so that they share a scale.

@@ -31,13 +31,28 @@ struct GemmFp8 {
 };
 
 // Weight gradients: out[e] = the sum over the rows m of expert e of a[m]^T b[m], in f32; zeros for an expert without
-// rows. Both widths are multiples of 8.
+// rows. Both widths are multiples of 8. With `accumulate` that is added to what `out` holds, and rounded once.
 struct GemmBf16WeightGrads {
   const void* a;           // (M, N), the gradient of what a product with B (E, N, K) gave
   const void* b;           // (M, K), what was multiplied
   const int32_t* offsets;  // (E + 1), rising, or null
   void* out;               // (E, N, K) bf16 or f32
   int64_t rows, a_width, b_width, num_experts;
+  bool accumulate;
+  DType out_dtype;
+};
+
+// The same of E4M3 operands, transposed, so that the reduction runs along their rows. Each expert begins at a multiple
+// of 128, so that no scale belongs to two; rows are a multiple of 16.
+struct GemmFp8WeightGrads {
+  const void* a;           // (N, M) e4m3
+  const void* b;           // (K, M) e4m3
+  const float* a_scales;   // (N, ceil(M / 128))
+  const float* b_scales;   // (K, ceil(M / 128))
+  const int32_t* offsets;  // (E + 1), rising, multiples of 128 or M; or null
+  void* out;               // (E, N, K) bf16 or f32
+  int64_t rows, a_width, b_width, num_experts;
+  bool accumulate;
   DType out_dtype;
 };
 
@@ -46,6 +61,7 @@ namespace cuda {
 void gemm_bf16(const GemmBf16&, Stream);
 void gemm_fp8(const GemmFp8&, Stream);
 void gemm_bf16_weight_grads(const GemmBf16WeightGrads&, Stream);
+void gemm_fp8_weight_grads(const GemmFp8WeightGrads&, Stream);
 }  // namespace cuda
 
 }  // namespace k25

@@ -3,15 +3,16 @@
 #pragma once
 #include "common/hopper.cuh"
 #include "gemm/api.h"
+#include "gemm/tile_choice.h"
 
 namespace k25::cuda {
 
-constexpr int kTileM = 128;    // of all consumers
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kConsumers = 2;  // warpgroups, which share a tile's rows
 constexpr int kRowsPerConsumer = kTileM / kConsumers;
 constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
 constexpr int kGemmThreads = (kConsumers + 1) * kWarpgroupSize;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kScaleProducerRegisters = 56, kScaledConsumerRegisters = 224;  // where warps gather scales
 constexpr int kScaleBlock = 128;       // elements of K, and rows of B, with one scale
 constexpr int kRowTilesTogether = 16;  // walked together, so that their rows of A and the columns of B stay in L2
 
@@ -29,7 +30,8 @@ struct E4m3Operands {
 
 // What is multiplied. `rows`: rows of A by B, (N, K) for each expert. `transposed_b`: B is (K, N), its tiles are
 // MN-major. `weight_grads`: A is (K, M) and B (K, N), an expert's K are its rows of both, and the result has M rows for
-// each expert.
+// each expert. FP8 operands are always K-major: of its weight gradients A is (M, K) and B (N, K), and an expert begins
+// at a multiple of kScaleBlock.
 enum class GemmKind { rows, transposed_b, weight_grads };
 
 template <class Operands_, int kTileN_, GemmKind kKind_ = GemmKind::rows>
@@ -38,18 +40,23 @@ struct GemmConfig {
   static constexpr GemmKind kKind = kKind_;
   static constexpr int kTileN = kTileN_;
   static constexpr bool kWeightGrads = kKind == GemmKind::weight_grads;
-  static constexpr bool kMnMajorA = kWeightGrads, kMnMajorB = kKind != GemmKind::rows;
   static constexpr bool kScaled = Operands::kBytes == 1;
+  static constexpr bool kMnMajorA = kWeightGrads && !kScaled, kMnMajorB = kKind != GemmKind::rows && !kScaled;
+  static_assert(!kScaled || kKind != GemmKind::transposed_b);
   static constexpr int kTileK = kSwizzleBytes / Operands::kBytes;
   static constexpr int kSums = kTileN / 2;  // of a thread
   static constexpr int kBytesA = kTileM * kSwizzleBytes, kBytesB = kTileN * kSwizzleBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   // An MN-major tile is made of boxes: 64 rows or columns of the operand wide, and kTileK high.
   static constexpr int kBoxWidth = kSwizzleBytes / Operands::kBytes, kBoxBytes = kTileK * kSwizzleBytes;
+  // Each row of both operands has scales of its own, which pass through shared memory.
+  static constexpr bool kScalesInStages = kScaled && kWeightGrads;
+  static constexpr int kScaleBytes = kScalesInStages ? (kTileM + kTileN) * int(sizeof(float)) : 0;  // of a stage
   static constexpr int kEpilogueBytes = kConsumers * kChunkBuffers * kChunkBytes;
-  static constexpr int kStages = (kMaxSharedBytes - kEpilogueBytes - kBarrierBytes) / kStageBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes + kEpilogueBytes + kBarrierBytes;
+  static constexpr int kStages = (kMaxSharedBytes - kEpilogueBytes - kBarrierBytes) / (kStageBytes + kScaleBytes);
+  static constexpr int kSharedBytes = kStages * (kStageBytes + kScaleBytes) + kEpilogueBytes + kBarrierBytes;
   static_assert(kStages >= 4 && kStages * 16 <= kBarrierBytes);
+  static_assert(!kScaled || kTileK == kScaleBlock);
 };
 
 struct GemmParams {
@@ -61,7 +68,8 @@ struct GemmParams {
   int depth;          // K, or all rows of both operands of weight gradients
   int num_experts;
   bool out_is_f32;
-  bool whole_tiles_by_bulk_store;  // the result's rows are multiples of 16 bytes
+  bool whole_tiles_by_bulk_store;  // the result's rows are multiples of 16 bytes, and it is f32 where it is added to
+  bool accumulate;                 // weight gradients: adds to the result
 };
 
 struct Tile {
@@ -106,6 +114,9 @@ class TileWalk {
     const int first = p_.offsets ? __ldg(p_.offsets + expert) : 0;
     const int end = p_.offsets ? __ldg(p_.offsets + expert + 1) : all;
     require(0 <= first && first <= end && end <= all);
+    if constexpr (Config::kScalesInStages) {  // no tile of K, and no scale, belongs to two experts
+      require(first % kScaleBlock == 0 && (end % kScaleBlock == 0 || end == all));
+    }
     const int height = p_.rows / p_.num_experts;  // of one expert's weight gradients
     expert_ = expert;
     begin_ = Config::kWeightGrads ? expert * height : first;
@@ -146,17 +157,26 @@ struct GemmShared {
   __device__ __forceinline__ uint8_t* chunks(int consumer) const {
     return base + Config::kStages * Config::kStageBytes + consumer * kChunkBuffers * kChunkBytes;
   }
-  __device__ __forceinline__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(chunks(kConsumers)); }
+  // Of the tile's rows of A, then of B.
+  __device__ __forceinline__ float* scales(int stage) const {
+    return reinterpret_cast<float*>(chunks(kConsumers) + stage * Config::kScaleBytes);
+  }
+  __device__ __forceinline__ uint64_t* full() const { return reinterpret_cast<uint64_t*>(scales(Config::kStages)); }
   __device__ __forceinline__ uint64_t* empty() const { return full() + Config::kStages; }
 };
 
-// ---- the producer: one thread
+// ---- the producer: one thread, and two warps for scales that pass through shared memory
 
 // Calls load(place in shared memory, first row or column) for each box of an MN-major tile.
 template <class Config, int kBoxes, class Load>
 __device__ __forceinline__ void load_boxes(uint8_t* to, Load load) {
 #pragma unroll
   for (int i = 0; i < kBoxes; ++i) load(to + i * Config::kBoxBytes, i * Config::kBoxWidth);
+}
+
+// The first row (or column) of A of a tile of weight gradients: all experts share A's.
+__device__ __forceinline__ int row_of_operand(const GemmParams& p, const Tile& tile) {
+  return tile.row - tile.expert * (p.rows / p.num_experts);
 }
 
 template <class Config>
@@ -166,14 +186,16 @@ __device__ __forceinline__ void load_stage(const GemmShared<Config>& shared, con
   uint64_t* full = shared.full() + stage;
   const int depth = tile.depth_start + k * Config::kTileK;
   arrive_expecting(full, Config::kStageBytes);
-  if constexpr (Config::kWeightGrads) {
-    const int first = tile.row - tile.expert * (p.rows / p.num_experts);
+  const int first = Config::kWeightGrads ? row_of_operand(p, tile) : tile.row;
+  if constexpr (Config::kMnMajorA) {
     load_boxes<Config, kTileM / Config::kBoxWidth>(
         shared.a(stage), [&](uint8_t* to, int column) { load_tile(to, map_a, full, first + column, depth); });
   } else {
-    load_tile(shared.a(stage), map_a, full, depth, tile.row);
+    load_tile(shared.a(stage), map_a, full, depth, first);
   }
-  if constexpr (!Config::kMnMajorB) {
+  if constexpr (Config::kScalesInStages) {
+    load_tile(shared.b(stage), map_b, full, depth, tile.column);
+  } else if constexpr (!Config::kMnMajorB) {
     load_tile(shared.b(stage), map_b, full, depth, tile.expert * p.columns + tile.column);
   } else {
     load_boxes<Config, Config::kTileN / Config::kBoxWidth>(shared.b(stage), [&](uint8_t* to, int column) {
@@ -198,6 +220,38 @@ __device__ __forceinline__ void produce(const GemmShared<Config>& shared, const 
     for (int k = 0; k < num_steps; ++k) {
       wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);
       load_stage(shared, map_a, map_b, p, tile, k, ring.stage);
+      ring.advance();
+    }
+  }
+}
+
+// The scales of weight gradients, of the tile's rows of A or of B: those of one stage lie far apart in global memory,
+// so that a warp for each operand gathers them, as far ahead as there are stages.
+template <class Config, bool kOfA>
+__device__ __forceinline__ void produce_scales(const GemmShared<Config>& shared, const GemmParams& p) {
+  constexpr int kPerLane = (kOfA ? kTileM : Config::kTileN) / kWarpSize;
+  const int lane = int(threadIdx.x) % kWarpSize, scales_per_row = (p.depth + kScaleBlock - 1) / kScaleBlock;
+  const int last_row = (kOfA ? p.rows / p.num_experts : p.columns) - 1;
+  TileWalk<Config> walk(p);
+  Ring<Config::kStages> ring;
+  Tile tile;
+  while (walk.next(tile)) {
+    const int num_steps = depth_tiles<Config>(tile), row = (kOfA ? row_of_operand(p, tile) : tile.column) + lane;
+    const float* first = (kOfA ? p.a_scales : p.b_scales) + tile.depth_start / kScaleBlock;
+    const float* from[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) from[i] = first + int64_t(min(row + i * kWarpSize, last_row)) * scales_per_row;
+#pragma unroll 1
+    for (int k = 0; k < num_steps; ++k) {
+      float values[kPerLane];
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) values[i] = __ldg(from[i] + k);
+      wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);
+      float* to = shared.scales(ring.stage) + (kOfA ? 0 : kTileM) + lane;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) to[i * kWarpSize] = values[i];
+      __syncwarp();
+      if (lane == 0) arrive(shared.full() + ring.stage);
       ring.advance();
     }
   }
@@ -330,6 +384,38 @@ __device__ __forceinline__ void multiply_scaled_tile(const GemmShared<Config>& s
   }
 }
 
+// The same where each row of B has a scale too.
+template <class Config>
+__device__ __forceinline__ void multiply_tile_with_scaled_columns(const GemmShared<Config>& shared, const Tile& tile,
+                                                                  int consumer, Ring<Config::kStages>& ring,
+                                                                  float (&sums)[Config::kSums]) {
+  const int num_steps = depth_tiles<Config>(tile);
+#pragma unroll
+  for (int i = 0; i < Config::kSums; ++i) sums[i] = 0;
+  float products[Config::kSums];
+#pragma unroll 1
+  for (int k = 0; k < num_steps; ++k) {
+    wait_for_phase(shared.full() + ring.stage, ring.parity);
+    multiply_stage<Config>(shared, consumer, ring.stage, false, products);
+    wgmma_wait<0>();
+    hold_accumulators(products);
+    const float* rows = shared.scales(ring.stage) + consumer * kRowsPerConsumer + first_row();
+    const float* columns = shared.scales(ring.stage) + kTileM + first_column();
+    const float above = rows[0], below = rows[8];
+#pragma unroll
+    for (int i = 0; i < Config::kSums; i += 4) {
+      const float2 scales = *reinterpret_cast<const float2*>(columns + 2 * i);
+      sums[i] = fma(products[i], above * scales.x, sums[i]);
+      sums[i + 1] = fma(products[i + 1], above * scales.y, sums[i + 1]);
+      sums[i + 2] = fma(products[i + 2], below * scales.x, sums[i + 2]);
+      sums[i + 3] = fma(products[i + 3], below * scales.y, sums[i + 3]);
+    }
+    __syncwarp();  // all lanes have read the scales
+    free_stage(shared, ring.stage);
+    ring.advance();
+  }
+}
+
 // ---- the result
 
 // Registers to a chunk of 128-byte rows in shared memory: 64 columns of bf16, or 32 of f32, from `first` on.
@@ -375,12 +461,19 @@ __device__ __forceinline__ void store_whole(const GemmShared<Config>& shared, co
     fence_async_proxy();
     named_barrier(1 + consumer, kWarpgroupSize);
     if (leads) {
-      store_tile(map_out, chunk, tile.column + first, row);
+      if (Config::kWeightGrads && kF32 && p.accumulate) {
+        add_tile(map_out, chunk, tile.column + first, row);
+      } else {
+        store_tile(map_out, chunk, tile.column + first, row);
+      }
       commit_stores();
     }
     buffer = (buffer + 1) % kChunkBuffers;
   }
 }
+
+__device__ __forceinline__ float value_at(const float* p) { return *p; }
+__device__ __forceinline__ float value_at(const Bf16* p) { return __uint_as_float(uint32_t(p->bits) << 16); }
 
 __device__ __forceinline__ void store_pair(float* to, float low, float high) {
   *reinterpret_cast<float2*>(to) = make_float2(low, high);
@@ -389,7 +482,8 @@ __device__ __forceinline__ void store_pair(Bf16* to, float low, float high) {
   *reinterpret_cast<uint32_t*>(to) = to_bf16_pair(low, high);
 }
 
-// A tile that ends within its expert's last rows: the rows behind them are another expert's.
+// A tile that ends within its expert's last rows: the rows behind them are another expert's. Also one of bf16 that is
+// added to: rounded once, where a bulk copy would round the tile and then the sum.
 template <class Element, class Config>
 __device__ __forceinline__ void store_ragged(const GemmParams& p, const Tile& tile, int consumer,
                                              const float (&sums)[Config::kSums]) {
@@ -400,11 +494,14 @@ __device__ __forceinline__ void store_ragged(const GemmParams& p, const Tile& ti
     const int row = top + i / 2 % 2 * 8, column = left + i / 4 * 8;
     if (row >= tile.end_of_expert || column >= p.columns) continue;
     Element* to = static_cast<Element*>(p.out) + int64_t(row) * p.columns + column;
+    const bool has_right = column + 1 < p.columns, adds = Config::kWeightGrads && p.accumulate;
+    const float low = adds ? value_at(to) + sums[i] : sums[i];
+    const float high = adds && has_right ? value_at(to + 1) + sums[i + 1] : sums[i + 1];
     if (in_pairs) {
-      store_pair(to, sums[i], sums[i + 1]);
+      store_pair(to, low, high);
     } else {
-      store_one(to, sums[i]);
-      if (column + 1 < p.columns) store_one(to + 1, sums[i + 1]);
+      store_one(to, low);
+      if (has_right) store_one(to + 1, high);
     }
   }
 }
@@ -417,8 +514,11 @@ __device__ __forceinline__ void consume(const GemmShared<Config>& shared, const 
   Tile tile;
   int buffer = 0;
   while (walk.next(tile)) {
+    if (Config::kWeightGrads && p.accumulate && tile.depth_start == tile.depth_end) continue;  // nothing to add
     float sums[Config::kSums];
-    if constexpr (Config::kScaled) {
+    if constexpr (Config::kScalesInStages) {
+      multiply_tile_with_scaled_columns<Config>(shared, tile, consumer, ring, sums);
+    } else if constexpr (Config::kScaled) {
       multiply_scaled_tile<Config>(shared, p, tile, consumer, ring, sums);
     } else {
       multiply_tile<Config>(shared, tile, consumer, ring, sums);
@@ -449,7 +549,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     prefetch_map(&map_b);
     if (p.whole_tiles_by_bulk_store) prefetch_map(&map_out);
     for (int i = 0; i < Config::kStages; ++i) {
-      init_mbarrier(shared.full() + i, 1);
+      init_mbarrier(shared.full() + i, Config::kScalesInStages ? 3 : 1);
       init_mbarrier(shared.empty() + i, kConsumerWarps);
     }
     fence_mbarrier_init();
@@ -457,10 +557,14 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   __syncthreads();
   const int warpgroup = int(threadIdx.x) / kWarpgroupSize;
   if (warpgroup == kConsumers) {
-    give_registers<kProducerRegisters>();
+    give_registers<Config::kScalesInStages ? kScaleProducerRegisters : kProducerRegisters>();
     if (threadIdx.x / kWarpSize == kConsumerWarps && elect_one()) produce(shared, &map_a, &map_b, p);
+    if constexpr (Config::kScalesInStages) {
+      if (threadIdx.x / kWarpSize == kConsumerWarps + 1) produce_scales<Config, true>(shared, p);
+      if (threadIdx.x / kWarpSize == kConsumerWarps + 2) produce_scales<Config, false>(shared, p);
+    }
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<Config::kScalesInStages ? kScaledConsumerRegisters : kConsumerRegisters>();
     consume(shared, &map_out, p, warpgroup);
   }
 }

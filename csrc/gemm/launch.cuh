@@ -1,4 +1,4 @@
-// Tensor maps and launches of the kernel in kernels.cuh, and the choice of its tile.
+// Tensor maps and launches of the kernel in kernels.cuh.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -20,17 +20,25 @@ struct GemmCall {
   const float* b_scales;
   int64_t rows, columns, depth, num_experts;
   DType out_dtype;
+  bool accumulate;
 };
 
 inline GemmCall call_of(const GemmBf16& p) {
-  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype, false};
+}
+inline GemmCall call_of(const GemmFp8& p) {
+  return {p.a,    p.b,       p.out,   p.offsets,     p.a_scales,  p.b_scales,
+          p.rows, p.columns, p.depth, p.num_experts, p.out_dtype, false};
 }
 inline GemmCall call_of(const GemmBf16WeightGrads& p) {
   const int64_t rows = p.num_experts * p.a_width;
-  return {p.a, p.b, p.out, p.offsets, nullptr, nullptr, rows, p.b_width, p.rows, p.num_experts, p.out_dtype};
+  return {p.a,  p.b,       p.out,  p.offsets,     nullptr,     nullptr,
+          rows, p.b_width, p.rows, p.num_experts, p.out_dtype, p.accumulate};
 }
-inline GemmCall call_of(const GemmFp8& p) {
-  return {p.a, p.b, p.out, p.offsets, p.a_scales, p.b_scales, p.rows, p.columns, p.depth, p.num_experts, p.out_dtype};
+inline GemmCall call_of(const GemmFp8WeightGrads& p) {
+  const int64_t rows = p.num_experts * p.a_width;
+  return {p.a,  p.b,       p.out,  p.offsets,     p.a_scales,  p.b_scales,
+          rows, p.b_width, p.rows, p.num_experts, p.out_dtype, p.accumulate};
 }
 
 // An operand with `rows` rows of `width` elements, and the box of it that a copy loads.
@@ -47,17 +55,19 @@ CUtensorMap map_of_operand(const void* address, int64_t width, int64_t rows, int
 
 template <class Config>
 CUtensorMap map_of_a(const GemmCall& c) {
-  if constexpr (Config::kWeightGrads) {
-    return map_of_operand<Config>(c.a, c.rows / c.num_experts, c.depth, Config::kBoxWidth, Config::kTileK);
+  const int64_t height = Config::kWeightGrads ? c.rows / c.num_experts : c.rows;
+  if constexpr (Config::kMnMajorA) {
+    return map_of_operand<Config>(c.a, height, c.depth, Config::kBoxWidth, Config::kTileK);
   } else {
-    return map_of_operand<Config>(c.a, c.depth, c.rows, Config::kTileK, kTileM);
+    return map_of_operand<Config>(c.a, c.depth, height, Config::kTileK, kTileM);
   }
 }
 
 template <class Config>
 CUtensorMap map_of_b(const GemmCall& c) {
-  if constexpr (Config::kKind == GemmKind::rows) {
-    return map_of_operand<Config>(c.b, c.depth, c.num_experts * c.columns, Config::kTileK, Config::kTileN);
+  if constexpr (!Config::kMnMajorB) {
+    const int64_t rows = Config::kWeightGrads ? c.columns : c.num_experts * c.columns;
+    return map_of_operand<Config>(c.b, c.depth, rows, Config::kTileK, Config::kTileN);
   } else if constexpr (Config::kWeightGrads) {
     return map_of_operand<Config>(c.b, c.columns, c.depth, Config::kBoxWidth, Config::kTileK);
   } else {
@@ -93,13 +103,12 @@ inline int64_t row_tile_bound(const GemmCall& c, bool weight_grads) {
 
 template <class Config>
 void launch_gemm(const GemmCall& c, Stream stream) {
-  const bool by_bulk_store = c.columns * size_of(c.out_dtype) % 16 == 0;
+  const bool f32 = c.out_dtype == DType::f32;
+  const bool by_bulk_store = c.columns * size_of(c.out_dtype) % 16 == 0 && (f32 || !c.accumulate);
   const CUtensorMap map_a = map_of_a<Config>(c), map_b = map_of_b<Config>(c);
   const CUtensorMap map_out = by_bulk_store ? map_of_result(c) : map_a;
-  const GemmParams params{c.offsets,    c.a_scales,         c.b_scales,
-                          c.out,        int(c.rows),        int(c.columns),
-                          int(c.depth), int(c.num_experts), c.out_dtype == DType::f32,
-                          by_bulk_store};
+  const GemmParams params{c.offsets,    c.a_scales,         c.b_scales, c.out,         int(c.rows), int(c.columns),
+                          int(c.depth), int(c.num_experts), f32,        by_bulk_store, c.accumulate};
   const auto kernel = &gemm_kernel<Config>;
   allow_shared_memory(kernel, Config::kSharedBytes);
   const int64_t tiles = row_tile_bound(c, Config::kWeightGrads) * ceil_div(c.columns, Config::kTileN);
@@ -107,22 +116,9 @@ void launch_gemm(const GemmCall& c, Stream stream) {
   K25_LAUNCH(kernel, dim3(unsigned(blocks)), kGemmThreads, Config::kSharedBytes, stream, map_a, map_b, map_out, params);
 }
 
-// Of the widths, the one whose waves take least time. A tile's time is taken as its width, plus a share that does not
-// depend on it: a tile loads its rows of A and starts and ends whatever its width. Ties go to the widest, which loads
-// least.
-inline int choose_tile_n(const GemmCall& c, std::initializer_list<int> widths) {
-  constexpr int64_t kFixedShare = 32;
-  const int64_t blocks = num_multiprocessors();
-  const int64_t row_tiles = c.num_experts * ceil_div(ceil_div(c.rows, c.num_experts), kTileM);
-  int64_t least = std::numeric_limits<int64_t>::max();
-  int best = 0;
-  for (const int width : widths) {
-    const int64_t time = ceil_div(row_tiles * ceil_div(c.columns, width), blocks) * (width + kFixedShare);
-    if (time > least) continue;
-    least = time;
-    best = width;
-  }
-  return best;
+template <int kCount>
+int choose_tile_n(const GemmCall& c, const int (&widths)[kCount]) {
+  return choose_tile_n({c.rows, c.columns, c.num_experts}, widths, num_multiprocessors());
 }
 
 inline void check_size(const char* op, const char* name, int64_t value, int64_t least, int64_t multiple) {

@@ -35,7 +35,24 @@ void launch(const Problem& p, bool aligned, Stream stream) {
   });
 }
 
+template <class Element, bool kVectorized>
+void launch_weighted(const WeightedSwigluBackward& p, Stream stream) {
+  const auto kernel = &weighted_swiglu_grads_kernel<Element, kVectorized>;
+  const dim3 grid(unsigned(ceil_div(p.num_rows, kSwigluRowWarps)));
+  K25_LAUNCH(kernel, grid, kSwigluRowWarps * kWarpSize, 0, stream, p);
+}
+
 }  // namespace
+
+void weighted_swiglu_backward(const WeightedSwigluBackward& p, Stream stream) {
+  if (p.num_rows == 0) return;
+  const bool aligned = aligned16(p.grad_act, p.gate_up, p.grad_gate_up, p.weighted_act);
+  with_element(p.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if (aligned && p.width * size_of(p.dtype) % 16 == 0) return launch_weighted<Element, true>(p, stream);
+    launch_weighted<Element, false>(p, stream);
+  });
+}
 
 void swiglu(const Swiglu& p, Stream stream) { launch(p, aligned16(p.gate_up, p.act), stream); }
 

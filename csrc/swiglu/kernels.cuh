@@ -53,4 +53,44 @@ __global__ void __launch_bounds__(kSwigluThreads, kSwigluBlocks) swiglu_backward
   }
 }
 
+constexpr int kSwigluRowWarps = 8;  // of a block; each works on a row
+
+template <class Element, bool kVectorized>
+__global__ void __launch_bounds__(kSwigluRowWarps* kWarpSize)
+    weighted_swiglu_grads_kernel(WeightedSwigluBackward p) {
+  using Scalar = ScalarOf<Element>;
+  constexpr int kCount = kPerAccess<Element, kVectorized>;
+  const int lane = int(threadIdx.x) % kWarpSize;
+  const int64_t m = int64_t(blockIdx.x) * kSwigluRowWarps + threadIdx.x / kWarpSize;
+  if (m >= p.num_rows) return;
+  const int32_t slot = __ldg(p.slot_of_row + m);
+  require(slot >= 0 && slot < p.num_rows);
+  const Scalar weight = __ldg(static_cast<const Scalar*>(p.weights) + slot);
+  const Element* row = static_cast<const Element*>(p.gate_up) + 2 * m * p.width;
+  const Element* grad_act = static_cast<const Element*>(p.grad_act) + m * p.width;
+  Element* grad_row = static_cast<Element*>(p.grad_gate_up) + 2 * m * p.width;
+  Element* act = static_cast<Element*>(p.weighted_act) + m * p.width;
+  Scalar dot = 0;
+  for (int64_t i = lane * kCount; i < p.width; i += kWarpSize * kCount) {
+    Scalar gates[kCount], ups[kCount], grads[kCount];
+    load(row + i, gates);
+    load(row + p.width + i, ups);
+    load(grad_act + i, grads);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const Scalar gate = gates[j], score = sigmoid(gate), value = gate * score * ups[j];
+      dot = fma(grads[j], value, dot);
+      const Scalar weighted = grads[j] * weight;
+      gates[j] = weighted * ups[j] * score * fma(gate, 1 - score, Scalar(1));
+      ups[j] = weighted * gate * score;
+      grads[j] = value * weight;
+    }
+    store(grad_row + i, gates);
+    store(grad_row + p.width + i, ups);
+    store(act + i, grads);
+  }
+  dot = warp_sum(dot);
+  if (lane == 0 && p.grad_weights) static_cast<Scalar*>(p.grad_weights)[slot] = dot;
+}
+
 }  // namespace k25::cuda

@@ -1,5 +1,6 @@
-// C++ tests of the losses and of FP8 on the CPU, for the sanitizers: every instruction set of this machine, threads,
-// odd sizes. The values are checked by what must add up; k25sys' Python tests check them further.
+// C++ tests of the losses, of FP8 and of the experts' products on the CPU, for the sanitizers: every instruction set of
+// this machine, threads, odd sizes. The values are checked by what must add up; k25sys' Python tests check them
+// further.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -7,8 +8,10 @@
 
 #include "common/cpu_isa.h"
 #include "fp8_gemm/api.h"
+#include "grouped_gemm/api.h"
 #include "linear_loss/api.h"
 #include "policy_loss/api.h"
+#include "swiglu/api.h"
 #include "tests/expect.h"
 
 namespace {
@@ -140,6 +143,14 @@ void test_fp8(int64_t m, int64_t n, int64_t k, int num_threads) {
     for (int64_t d = 0; d < k; ++d) exact += double(left.exact[i / n * k + d]) * right.exact[i % n * k + d];
     expect(std::abs(exact - out[i]) <= 1e-4 * std::sqrt(double(k) + 1), "product of dequantised numbers");
   }
+  Quantized turned{sized<uint8_t>(n * k), {}, sized<float>(fp8_tiles(n) * fp8_tiles(k)), {}, {}};
+  cpu::transpose_fp8({right.values.data(), right.scales.data(), turned.values.data(), turned.scales.data(), 1, n, k},
+                     num_threads);
+  auto through = sized<float>(m * n);
+  cpu::fp8_gemm({left.values.data(), left.scales.data(), turned.values.data(), turned.scales.data(), one,
+                 through.data(), m, n, k, 1, Fp8Grouping::rows_transposed, DType::f32},
+                num_threads);
+  expect(through == out, "transposed weights give the same");
   auto twice = right.values;
   twice.insert(twice.end(), right.values.begin(), right.values.end());
   auto scales = right.scales;
@@ -160,6 +171,61 @@ void test_fp8(int64_t m, int64_t n, int64_t k, int num_threads) {
   }
 }
 
+template <class Value>
+void test_products(DType dtype, int64_t m, int64_t n, int64_t k, int num_threads) {
+  const auto in = [](const std::vector<float>& values) {
+    if constexpr (sizeof(Value) == 2) {
+      return to_bf16(values);
+    } else {
+      return values;
+    }
+  };
+  auto both = normal_numbers(2 * n * k, 4);
+  std::copy(both.begin(), both.begin() + n * k, both.begin() + n * k);  // two experts with the same matrix
+  const auto a = in(normal_numbers(m * k, 3)), b = in(both);
+  auto b_t = sized<Value>(2 * n * k);
+  for (int64_t i = 0; i < 2 * n * k; ++i) {
+    const int64_t e = i / (n * k), row = i % (n * k) / k, column = i % k;
+    b_t[size_t(e * n * k + column * n + row)] = b[size_t(i)];
+  }
+  const int32_t offsets[] = {0, int32_t(m / 3), int32_t(m)}, one[] = {0, int32_t(m)};
+  auto plain = sized<Value>(m * n), grouped = plain, transposed = plain;
+  cpu::grouped_gemm({a.data(), b.data(), one, plain.data(), m, n, k, 1, false, dtype}, num_threads);
+  cpu::grouped_gemm({a.data(), b.data(), offsets, grouped.data(), m, n, k, 2, false, dtype}, num_threads);
+  cpu::grouped_gemm({a.data(), b_t.data(), offsets, transposed.data(), m, n, k, 2, true, dtype}, num_threads);
+  expect(grouped == plain && transposed == plain, "experts with the same matrix, transposed or not");
+  const auto grads = [&](const int32_t* rows, int64_t experts, bool accumulate, std::vector<float>& out) {
+    cpu::grouped_gemm_weight_grads(
+        {plain.data(), a.data(), rows, out.data(), m, n, k, experts, accumulate, dtype, DType::f32}, num_threads);
+  };
+  auto parts = sized<float>(2 * n * k), whole = sized<float>(n * k);
+  grads(offsets, 2, false, parts);
+  grads(one, 1, false, whole);
+  const auto once = whole;
+  grads(one, 1, true, whole);
+  for (size_t i = 0; i < once.size(); ++i) {
+    expect(std::abs(parts[i] + parts[i + once.size()] - once[i]) <= 1e-3 * (std::abs(once[i]) + double(k + m)),
+           "experts' gradients add up");
+    expect(whole[i] == 2 * once[i], "added to itself");
+  }
+}
+
+void test_weighted_swiglu(int64_t rows, int64_t width, int num_threads) {
+  const auto gate_up = normal_numbers(rows * 2 * width, 1), grad = normal_numbers(rows * width, 2);
+  const auto weights = sized<float>(rows, 2.0f);
+  auto slots = sized<int32_t>(rows);
+  for (int64_t m = 0; m < rows; ++m) slots[size_t(m)] = int32_t(rows - 1 - m);
+  auto plain = sized<float>(rows * 2 * width), weighted = plain;
+  auto act = sized<float>(rows * width), twice = act, grad_weights = sized<float>(rows);
+  cpu::swiglu({gate_up.data(), act.data(), rows, width, DType::f32}, num_threads);
+  cpu::swiglu_backward({grad.data(), gate_up.data(), plain.data(), rows, width, DType::f32}, num_threads);
+  cpu::weighted_swiglu_backward({grad.data(), gate_up.data(), weights.data(), slots.data(), weighted.data(),
+                                 twice.data(), grad_weights.data(), rows, width, DType::f32},
+                                num_threads);
+  for (size_t i = 0; i < plain.size(); ++i) expect(weighted[i] == 2 * plain[i], "the gradient times the weight");
+  for (size_t i = 0; i < act.size(); ++i) expect(twice[i] == 2 * act[i], "the activation times the weight");
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +239,11 @@ int main() {
       test_rows(6, 131, num_threads);
       test_linear(1, 3, 2, num_threads);
       test_linear(13, 401, 37, num_threads);
+      test_products<float>(DType::f32, 7, 33, 61, num_threads);
+      test_products<uint16_t>(DType::bf16, 40, 5, 130, num_threads);
+      test_products<uint16_t>(DType::bf16, 0, 5, 3, num_threads);
+      test_weighted_swiglu(0, 4, num_threads);
+      test_weighted_swiglu(9, 35, num_threads);
       test_fp8(5, 3, 0, num_threads);
       test_fp8(7, 33, 131, num_threads);
       test_fp8(130, 129, 40, num_threads);

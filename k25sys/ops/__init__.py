@@ -17,6 +17,12 @@ from k25sys.ops.fp8_gemm import (
     reference_fp8_grouped_gemm,
     reference_fp8_grouped_gemm_wgrad,
 )
+from k25sys.ops.grouped_gemm import (
+    grouped_gemm,
+    grouped_gemm_wgrad,
+    reference_grouped_gemm,
+    reference_grouped_gemm_wgrad,
+)
 from k25sys.ops.linear_loss import (
     linear_clipped_log_ratio_loss,
     linear_cross_entropy,
@@ -39,6 +45,8 @@ from k25sys.ops.quantize_fp8 import (
     quantize_fp8_both_ways,
     reference_dequantize_fp8,
     reference_quantize_fp8,
+    reference_transpose_fp8,
+    transpose_fp8,
 )
 from k25sys.ops.route_tokens import reference_route_tokens, route_tokens
 from k25sys.ops.swiglu import reference_swiglu, swiglu
@@ -55,6 +63,8 @@ __all__ = [
     "fp8_gemm",
     "fp8_grouped_gemm",
     "fp8_grouped_gemm_wgrad",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
     "linear_clipped_log_ratio_loss",
     "linear_cross_entropy",
     "peak_flops",
@@ -71,6 +81,8 @@ __all__ = [
     "reference_fp8_gemm",
     "reference_fp8_grouped_gemm",
     "reference_fp8_grouped_gemm_wgrad",
+    "reference_grouped_gemm",
+    "reference_grouped_gemm_wgrad",
     "reference_linear_clipped_log_ratio_loss",
     "reference_linear_cross_entropy",
     "reference_plan_dispatch",
@@ -78,8 +90,10 @@ __all__ = [
     "reference_quantize_fp8",
     "reference_route_tokens",
     "reference_swiglu",
+    "reference_transpose_fp8",
     "reference_vocab_parallel_clipped_log_ratio_loss",
     "route_tokens",
     "swiglu",
+    "transpose_fp8",
     "vocab_parallel_clipped_log_ratio_loss",
 ]

@@ -8,8 +8,8 @@ from k25sys.errors import BackendError, message
 from k25sys.ops import native
 
 OPS = (
-    "combine", "dispatch", "expert_mlp", "plan_dispatch", "pool_temporal_patches", "route_tokens",
-    "swiglu", "dequantize_fp8", "fp8_gemm", "linear_loss", "loss_rows", "quantize_fp8", "token_losses",
+    "combine", "dispatch", "expert_mlp", "grouped_gemm", "plan_dispatch", "pool_temporal_patches", "route_tokens",
+    "swiglu", "dequantize_fp8", "fp8_gemm", "linear_loss", "loss_rows", "quantize_fp8", "token_losses", "transpose_fp8",
 )  # fmt: skip
 
 
@@ -46,20 +46,27 @@ def listing(op: str) -> list[Backend]:
     return [
         _backend("native", "cpu", ""),
         _backend("torch_grouped_mm", "cpu", no_grouped_mm),
+        _backend("native", "cuda", _cuda_reason()),
         _backend("torch_grouped_mm", "cuda", _cuda_reason() or no_grouped_mm),
     ]
 
 
 def choose(op: str, name: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: `name`, or the device's default. Raises BackendError where it cannot, with the reason."""
+    """The backend that runs: `name`, or the device's default: native, but on CUDA torch_grouped_mm for expert_mlp of
+    what the tensor cores' kernel does not multiply. Raises BackendError where it cannot, with the reason."""
     kind = "cpu" if device.type == "meta" else device.type
+    native_takes = op != "expert_mlp" or kind == "cpu" or dtype == torch.bfloat16
+    chosen = name or ("native" if native_takes else "torch_grouped_mm")
+    if chosen == "native" and not native_takes:
+        got = f"'native' with {str(dtype).removeprefix('torch.')} on {kind}"
+        raise BackendError(message(op, "backend", got, "bfloat16 for 'native', or 'torch_grouped_mm'"))
+    if chosen == "torch_grouped_mm" and dtype == torch.float64:
+        accepted = "'native' for float64" if kind == "cpu" else "bfloat16 or float32 there, or float64 on the CPU"
+        raise BackendError(message(op, "backend", f"{chosen!r} with float64 on {kind}", accepted))
     if name is None:
-        return "native" if kind == "cpu" else "torch_grouped_mm"
+        return chosen
     here = [backend for backend in listing(op) if backend.device == kind]
-    for backend in here:
-        if backend.name == name and backend.available:
-            if name == "torch_grouped_mm" and dtype == torch.float64:
-                raise BackendError(message(op, "backend", f"{name!r} with float64", "'native' for float64"))
-            return name
+    if any(backend.name == name and backend.available for backend in here):
+        return name
     accepted = ", ".join(repr(b.name) if b.available else f"{b.name!r} (unavailable: {b.reason})" for b in here)
     raise BackendError(message(op, "backend", repr(name), f"{accepted or 'none'} on {kind}"))

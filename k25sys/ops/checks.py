@@ -75,12 +75,23 @@ def same_device(op: str, first: str, value: Tensor, others: dict[str, Tensor | N
             )
 
 
+def on_cuda(value: Tensor) -> bool:
+    """Whether the tensor cores multiply `value`, which then has to suit them."""
+    return value.device.type == "cuda"
+
+
 def integer(op: str, argument: str, value: Any, least: int, most: int) -> None:
     """Raises unless `value` is an int (not a bool) in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise ArgumentTypeError(message(op, argument, f"{type(value).__name__} {value!r}", "an int"))
     if value < least or value > most:
         raise ArgumentValueError(message(op, argument, value, f"{least} to {most}"))
+
+
+def flag(op: str, argument: str, value: Any) -> None:
+    """Raises unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(message(op, argument, f"{type(value).__name__} {value!r}", "a bool"))
 
 
 def row_count(op: str, argument: str, num_tokens: int, top_k: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, LayoutError, ShapeError, message
-from k25sys.ops import backends, checks, measure, native
+from k25sys.ops import backends, checks, composed_experts, measure, native
 from k25sys.ops.combine import reference_combine
 from k25sys.ops.dispatch import reference_dispatch
 from k25sys.ops.grouped_mm import grouped_mm_expert_mlp
@@ -61,7 +61,8 @@ def expert_mlp(
         gate_up_main_grad, down_main_grad: both or neither; contiguous, of the weights' shapes, dtype of the weights or
             float32. The backward adds the weight gradients to them, and the weights' own .grad stays None (Megatron's
             gradient_accumulation_fusion).
-        backend: None picks "native" on the CPU and "torch_grouped_mm" on CUDA; see k25sys.ops.backends.
+        backend: None picks "native", on CUDA for bfloat16 (D and I are then multiples of 8) and "torch_grouped_mm" for
+            other dtypes; see k25sys.ops.backends.
         activation_store: "exact" saves the tokens and the inputs of SwiGLU for the backward as they are; "fp8" as E4M3
             in tiles of 1 x 128, as K2.5 trains (K2, section 2.4.3): a little over half of the memory of bfloat16, and
             gradients of the rounded values. Native backend, float32 and bfloat16.
@@ -101,6 +102,7 @@ def expert_mlp(
         if packed is not None:
             raise ArgumentValueError(message(op, "packed", "PackedExperts", "None with backend torch_grouped_mm"))
         return grouped_mm_expert_mlp(x_TD, gate_up_EGD, down_EDI, weights_TK, plan, main_grads)
+    _check_for_cuda(op, x_TD, down_EDI)
     packs = [] if packed is None else packed.tensors(gate_up_EGD, down_EDI)
     return _OP(
         x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK, packs,
@@ -129,6 +131,14 @@ def _check_tokens_and_weights(op: str, x: Tensor, gate_up: Tensor, down: Tensor,
     checks.integer(op, "K (columns of weights_TK)", weights.shape[1], 1, checks.MAX_TOP_K)
     checks.row_count(op, "weights_TK", *weights.shape)
     checks.same_device(op, "x_TD", x, {"gate_up_EGD": gate_up, "down_EDI": down, "weights_TK": weights})
+
+
+def _check_for_cuda(op: str, x: Tensor, down: Tensor) -> None:
+    """Raises unless the tensor cores' copies take the rows of these matrices."""
+    for name, axis, size in (("x_TD", "D", x.shape[1]), ("down_EDI", "I", down.shape[2])):
+        if checks.on_cuda(x) and size % 8:
+            hint = "pad tokens and weights with zeros"
+            raise ShapeError(message(op, name, f"{axis}={size}", "a multiple of 8 with backend 'native' on CUDA", hint))
 
 
 def _checked_main_grads(
@@ -193,6 +203,10 @@ def _kernel(
     op = "expert_mlp"
     _check(op, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
     _check_packs(op, packs, (0, 2, 4), gate_up)
+    kernels = native.kernels(op, x.device)
+    if not hasattr(kernels, "expert_mlp"):
+        out, rows = composed_experts.forward(x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
+        return out, rows if save else x.new_empty((0,))
     num_rows, (num_tokens, dim), (num_experts, gate_up_width, _) = slot_of_row.shape[0], x.shape, gate_up.shape
     x, gate_up, down, weights = (t.contiguous() for t in (x, gate_up, down, weights))
     offsets, slot_of_row, row_of_slot = offsets.contiguous(), slot_of_row.contiguous(), row_of_slot.contiguous()
@@ -201,7 +215,7 @@ def _kernel(
     out_rows = native.empty((num_rows, dim), x)
     out = native.empty((num_tokens, dim), x)
     with measure.phase_buffer(measure.FORWARD_PHASES) as seconds:
-        native.cpu_only(op, x.device).expert_mlp(
+        kernels.expert_mlp(
             x.data_ptr(), gate_up.data_ptr(), down.data_ptr(), *map(native.address, packs[:2] or (None, None)),
             weights.data_ptr(), offsets.data_ptr(), slot_of_row.data_ptr(), row_of_slot.data_ptr(),
             gate_up_rows.data_ptr() if save else 0, act_rows.data_ptr(), out_rows.data_ptr(), out.data_ptr(),
@@ -261,9 +275,13 @@ def _backward_kernel(
     row_of_slot: Tensor, gate_up_rows: Tensor, packs: list[Tensor], needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     inputs = (x, gate_up, down, weights)
-    grads = [native.empty(t.shape, t) if need else None for t, need in zip(inputs, needs, strict=True)]
     saved = (grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
-    _run_backward(saved, packs, grads, False)
+    if hasattr(native.kernels("expert_mlp", x.device), "expert_mlp"):
+        grads = [native.empty(t.shape, t) if need else None for t, need in zip(inputs, needs, strict=True)]
+        _run_backward(saved, packs, grads, False)
+    else:
+        _check_backward(*saved)
+        grads = composed_experts.backward(saved, needs, None)
     return [native.or_empty(grad, value) for grad, value in zip(grads, inputs, strict=True)]
 
 
@@ -282,11 +300,16 @@ def _accumulate_kernel(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _checked_main_grads("expert_mlp_backward", x, gate_up, down, gate_up_main_grad, down_main_grad)
-    grad_x = native.empty(x.shape, x) if needs[0] else None
-    grad_weights = native.empty(weights.shape, weights) if needs[3] else None
-    main_grads = (gate_up_main_grad if needs[1] else None, down_main_grad if needs[2] else None)
     saved = (grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
-    _run_backward(saved, packs, (grad_x, *main_grads, grad_weights), True)
+    if hasattr(native.kernels("expert_mlp", x.device), "expert_mlp"):
+        grad_x = native.empty(x.shape, x) if needs[0] else None
+        grad_weights = native.empty(weights.shape, weights) if needs[3] else None
+        main_grads = (gate_up_main_grad if needs[1] else None, down_main_grad if needs[2] else None)
+        _run_backward(saved, packs, (grad_x, *main_grads, grad_weights), True)
+    else:
+        _check_backward(*saved)
+        buffers = (gate_up_main_grad, down_main_grad)
+        grad_x, _, _, grad_weights = composed_experts.backward(saved, needs, buffers)
     return native.or_empty(grad_x, x), native.or_empty(grad_weights, weights)
 
 

@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from k25sys.errors import DeviceError, DTypeError, message
+from k25sys.errors import DTypeError, ShapeError, message
 from k25sys.ops import checks, native
 from k25sys.ops.quantize_fp8 import E4M3, NARROW, TILE, check_values, reference_dequantize_fp8
 
@@ -84,7 +84,7 @@ def fp8_grouped_gemm(
         (M, N) of `out_dtype`. Not differentiable.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; on CUDA, transpose_b, or a K that is no multiple of 16.
+        TypeError, ValueError: a wrong dtype, shape or device; on CUDA, a K that is no multiple of 16.
         IndexError: on the CPU, offsets that do not rise from 0 to M.
     """
     grouping = _ROWS_TRANSPOSED if transpose_b else _ROWS
@@ -108,8 +108,8 @@ def fp8_grouped_gemm_wgrad(
         (E, N, K) of `out_dtype`. Not differentiable.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; CUDA tensors.
-        IndexError: offsets that do not rise from 0 to M, or are no multiples of 128.
+        TypeError, ValueError: a wrong dtype, shape or device; on CUDA, an M that is no multiple of 16.
+        IndexError: on the CPU, offsets that do not rise from 0 to M, or are no multiples of 128; on CUDA they trap.
     """
     return _call("fp8_grouped_gemm_wgrad", a_NM, a_scales, b_KM, b_scales, offsets, _REDUCTION, out_dtype)
 
@@ -147,6 +147,14 @@ def _check(
         checks.tensor(op, "offsets", offsets, checks.INT32, (count,), "N", "one more than experts")
         checks.integer(op, "offsets (length)", offsets.shape[0], 1, 2**20)
     checks.same_device(op, names[0], a, {names[1]: b, "offsets": offsets})
+    _check_for_cuda(op, a, grouping)
+
+
+def _check_for_cuda(op: str, a: Tensor, grouping: int) -> None:
+    if checks.on_cuda(a) and a.shape[1] % 16:
+        name = "M (columns of a_NM)" if grouping == _REDUCTION else "K (columns of a_MK)"
+        hint = "pad it with zeros: the tensor cores' copies move rows of 16 bytes"
+        raise ShapeError(message(op, name, a.shape[1], "a multiple of 16 on CUDA", hint))
 
 
 def _out_shape(a: Tensor, b: Tensor, offsets: Tensor | None, grouping: int) -> tuple[int, ...]:
@@ -170,17 +178,18 @@ def _kernel(
     a, a_scales, b, b_scales = (value.contiguous() for value in (a, a_scales, b, b_scales))
     offsets = None if offsets is None else offsets.contiguous()
     sizes = (a.shape[0], out.shape[-1], a.shape[1], num_groups)
-    code, where = native.DTYPE_CODES[out.dtype], native.where(a.device)
-    if a.device.type == "cuda":
-        if grouping != _ROWS:
-            raise DeviceError(message("fp8_gemm", "device", str(a.device), "cpu", "on CUDA transpose when quantising"))
-        addresses = [native.address(v) for v in (a, b, a_scales, b_scales, offsets, out)]
-        native.kernels("fp8_gemm", a.device).gemm_fp8(*addresses, *sizes, code, where)
-        return out
-    if offsets is None:
+    if checks.on_cuda(a):
+        if not a.shape[1]:
+            return out.zero_()
+        if grouping == _ROWS_TRANSPOSED:
+            b, b_scales = torch.ops.k25.transpose_fp8.default(b, b_scales)
+            grouping = _ROWS
+    elif offsets is None:
         offsets = torch.tensor([0, a.shape[0]], dtype=torch.int32)
-    addresses = [v.data_ptr() for v in (a, a_scales, b, b_scales, offsets, out)]
-    native.cpu_only("fp8_gemm", a.device).fp8_gemm(*addresses, *sizes, grouping, code, where)
+    addresses = [native.address(v) for v in (a, a_scales, b, b_scales, offsets, out)]
+    native.kernels("fp8_gemm", a.device).fp8_gemm(
+        *addresses, *sizes, grouping, native.DTYPE_CODES[out.dtype], native.where(a.device)
+    )
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k25sys.errors import ArgumentValueError, message
+from k25sys.errors import ArgumentValueError, DTypeError, message
 from k25sys.ops import checks, native
 from k25sys.ops.policy_loss import (
     ARGUMENTS,
@@ -116,6 +116,8 @@ def linear_cross_entropy(
 
 def _check_layer(op: str, hidden: Tensor, head: Tensor) -> None:
     checks.tensor(op, "hidden_TD", hidden, checks.FLOATS, (None, None), "TD")
+    if isinstance(head, Tensor) and head.dtype in checks.FLOATS and head.dtype != hidden.dtype:
+        raise DTypeError(message(op, "head_VD", f"dtype {head.dtype}", f"{hidden.dtype}, that of hidden_TD"))
     checks.tensor(op, "head_VD", head, (hidden.dtype,), (None, hidden.shape[1]), "VD", "D is that of hidden_TD")
     checks.integer(op, "V (rows of head_VD)", head.shape[0], 0, 2**24)
     checks.same_device(op, "hidden_TD", hidden, {"head_VD": head})

@@ -56,7 +56,7 @@ def kernels(op: str, device: torch.device) -> Any:
 def cpu_only(op: str, device: torch.device) -> ModuleType:
     """`kernels`, for an op whose fused kernel exists on the CPU alone."""
     if device.type != "cpu":
-        raise DeviceError(message(op, "device", str(device), "cpu", "on CUDA use backend='torch_grouped_mm'"))
+        raise DeviceError(message(op, "device", str(device), "cpu"))
     return _C.cpu
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, DTypeError, message
+from k25sys.errors import ArgumentValueError, DTypeError, message
 from k25sys.ops import checks, native
 
 TILE = 128
@@ -73,7 +73,7 @@ def quantize_fp8(x: Tensor, block: Block, *, power_of_two: bool = False) -> tupl
         TypeError, ValueError: a wrong dtype, rank, device or block.
     """
     _check_block("quantize_fp8", block)
-    _check_flag("quantize_fp8", power_of_two)
+    checks.flag("quantize_fp8", "power_of_two", power_of_two)
     _check_input("quantize_fp8", x)
     return _QUANTIZE(x, block[0] != 1, power_of_two, False)[:2]
 
@@ -94,7 +94,7 @@ def quantize_fp8_both_ways(
         TypeError, ValueError: as `quantize_fp8`.
     """
     _check_block("quantize_fp8_both_ways", block)
-    _check_flag("quantize_fp8_both_ways", power_of_two)
+    checks.flag("quantize_fp8_both_ways", "power_of_two", power_of_two)
     _check_input("quantize_fp8_both_ways", x)
     return _QUANTIZE(x, block[0] != 1, power_of_two, True)
 
@@ -118,6 +118,31 @@ def dequantize_fp8(values: Tensor, scales: Tensor, block: Block, dtype: torch.dt
     return _DEQUANTIZE(values, scales, block[0] != 1, dtype == torch.bfloat16)
 
 
+def reference_transpose_fp8(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """`transpose_fp8` in plain torch."""
+    return values.mT.contiguous(), scales.mT.contiguous()
+
+
+def transpose_fp8(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose of what `quantize_fp8(x, (128, 128))` gave, which is what it gives for the transpose of x.
+
+    On CUDA `fp8_grouped_gemm(transpose_b=True)` does this in each call; keep the result, and pass it without
+    `transpose_b`, where weights are multiplied more than once before they change.
+
+    Args:
+        values: (M, K) or (B, M, K) float8_e4m3fn.
+        scales: float32, one for each tile of 128 x 128.
+
+    Returns:
+        values (..., K, M) and scales (..., tiles of K, tiles of M). Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+    """
+    check_values("transpose_fp8", "values", values, scales, "scales", (TILE, TILE))
+    return _TRANSPOSE(values, scales)
+
+
 def check_values(op: str, name: str, values: Tensor, scales: Tensor, scales_name: str, block: Block) -> None:
     """Raises unless `values` (..., M, K) are E4M3 and `scales` belong to them."""
     rank = values.dim() if isinstance(values, Tensor) and values.dim() == 3 else 2
@@ -131,12 +156,6 @@ def check_values(op: str, name: str, values: Tensor, scales: Tensor, scales_name
 def _check_block(op: str, block: Any) -> None:
     if not (isinstance(block, tuple) and block in ((1, TILE), (TILE, TILE))):
         raise ArgumentValueError(message(op, "block", repr(block), "(1, 128) or (128, 128)"))
-
-
-def _check_flag(op: str, power_of_two: Any) -> None:
-    if not isinstance(power_of_two, bool):
-        got = f"{type(power_of_two).__name__} {power_of_two!r}"
-        raise ArgumentTypeError(message(op, "power_of_two", got, "a bool"))
 
 
 def _check_input(op: str, x: Tensor) -> None:
@@ -190,6 +209,22 @@ def _dequantize_kernel(values: Tensor, scales: Tensor, square: bool, to_bf16: bo
     return out
 
 
+def _transpose_fake(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    check_values("transpose_fp8", "values", values, scales, "scales", (TILE, TILE))
+    return values.new_empty(values.mT.shape), scales.new_empty(scales.mT.shape)
+
+
+def _transpose_kernel(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    values_t, scales_t = _transpose_fake(values, scales)
+    values, scales = values.contiguous(), scales.contiguous()
+    batch = values.shape[0] if values.dim() == 3 else 1
+    native.kernels("transpose_fp8", values.device).transpose_fp8(
+        values.data_ptr(), scales.data_ptr(), values_t.data_ptr(), scales_t.data_ptr(), batch, *values.shape[-2:],
+        native.where(values.device),
+    )  # fmt: skip
+    return values_t, scales_t
+
+
 _QUANTIZE = native.define(
     "quantize_fp8(Tensor x, bool square, bool power_of_two, bool transposed) -> (Tensor, Tensor, Tensor, Tensor)",
     _quantize_kernel, _quantize_fake,
@@ -198,3 +233,6 @@ _DEQUANTIZE = native.define(
     "dequantize_fp8(Tensor values, Tensor scales, bool square, bool to_bf16) -> Tensor",
     _dequantize_kernel, _dequantize_fake,
 )  # fmt: skip
+_TRANSPOSE = native.define(
+    "transpose_fp8(Tensor values, Tensor scales) -> (Tensor, Tensor)", _transpose_kernel, _transpose_fake
+)

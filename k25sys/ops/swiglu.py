@@ -79,6 +79,38 @@ def _backward_kernel(grad_act: Tensor, gate_up: Tensor) -> Tensor:
     return grad
 
 
+def _weighted_check(grad_act: Tensor, gate_up: Tensor, weights: Tensor, slot_of_row: Tensor) -> None:
+    op = "weighted_swiglu_backward"
+    _backward_check(grad_act, gate_up)
+    checks.tensor(op, "weights_TK", weights, (checks.routing_dtype(gate_up.dtype),), (None, None), "TK")
+    rows = (weights.shape[0] * weights.shape[1],)
+    checks.tensor(op, "plan.slot_of_row_M", slot_of_row, checks.INT32, rows, "M", checks.PLAN_HINT)
+    checks.tensor(op, "gate_up_MG", gate_up, checks.FLOATS, (*rows, None), "MG", checks.PLAN_HINT)
+    checks.same_device(op, "gate_up_MG", gate_up, {"weights_TK": weights, "plan.slot_of_row_M": slot_of_row})
+
+
+def _weighted_fake(
+    grad_act: Tensor, gate_up: Tensor, weights: Tensor, slot_of_row: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _weighted_check(grad_act, gate_up, weights, slot_of_row)
+    return gate_up.new_empty(gate_up.shape), grad_act.new_empty(grad_act.shape), weights.new_empty(weights.shape)
+
+
+def _weighted_kernel(
+    grad_act: Tensor, gate_up: Tensor, weights: Tensor, slot_of_row: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    _weighted_check(grad_act, gate_up, weights, slot_of_row)
+    grad, act = native.empty(gate_up.shape, gate_up), native.empty(grad_act.shape, gate_up)
+    grad_weights = native.empty(weights.shape, weights)
+    grad_act, gate_up, weights, slot_of_row = (t.contiguous() for t in (grad_act, gate_up, weights, slot_of_row))
+    native.kernels("swiglu", grad.device).weighted_swiglu_backward(
+        grad_act.data_ptr(), gate_up.data_ptr(), weights.data_ptr(), slot_of_row.data_ptr(), grad.data_ptr(),
+        act.data_ptr(), grad_weights.data_ptr(), *grad_act.shape, native.DTYPE_CODES[grad.dtype],
+        native.where(grad.device),
+    )  # fmt: skip
+    return grad, act, grad_weights
+
+
 class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -99,3 +131,10 @@ _OP = native.define("swiglu(Tensor gate_up_MG) -> Tensor", _kernel, _fake, _auto
 _BACKWARD = native.define(
     "swiglu_backward(Tensor grad_act_MI, Tensor gate_up_MG) -> Tensor", _backward_kernel, _backward_fake
 )
+# Behind the experts' down projection without routing weights: csrc/swiglu/api.h. Gives the gradient of gate_up, the
+# weighted activation and the gradient of the weights.
+native.define(
+    "weighted_swiglu_backward(Tensor grad_act_MI, Tensor gate_up_MG, Tensor weights_TK, Tensor slot_of_row_M)"
+    " -> (Tensor, Tensor, Tensor)",
+    _weighted_kernel, _weighted_fake,
+)  # fmt: skip

@@ -30,6 +30,10 @@ RUNTIME = Path(__file__).resolve().parent / "runtime"
 OPS = (
     "dispatch", "fp8_quantize", "plan_dispatch", "policy_loss", "pool_temporal_patches", "route_tokens", "swiglu",
 )  # fmt: skip
+PRODUCTS = ("fp8_gemm", "grouped_gemm")  # ops that gemm's kernels run
+
+# In the symbol of an instance for another type of element (or, of dispatch, another unit than those of float32).
+NOT_FLOAT32 = r"_kernelI(?:NS0_4Bf16E|d|y|t)"
 
 _CXX = ["g++", "-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fno-gnu-unique", "-mfma", "-ffp-contract=off"]
 _WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -69,7 +73,12 @@ def _made(suffix: str, parts: Sequence[str], files: Sequence[Path], make: Callab
     if not target.exists():
         partial = target.with_name(f"{os.getpid()}-{target.name}")
         make(partial)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:  # a folder, which another process made meanwhile
+            if not target.exists():
+                raise
+            shutil.rmtree(partial)
     return target
 
 
@@ -118,33 +127,46 @@ def ptx_of(csrc: Path, op: str, source: Path | None = None, flags: Sequence[str]
     return _made(".ptx", [_version(nvcc), *command[1:], file.name, op], _sources_of(csrc, op, source), make)
 
 
-def resource_usage(op: str) -> str:
-    """What ptxas says of each kernel of one op: registers, spills, stack."""
+def compiled(source: Path, dependencies: Sequence[Path], csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
+    """A folder with the machine code of one .cu file, kernels.cubin, and what ptxas said of it, usage.txt."""
     nvcc = find_nvcc()
     assert nvcc
-    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v"]
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas", "-v", *flags]
 
     def make(target: Path) -> None:
-        text = _run([*command, f"-I{CSRC}", CSRC / op / "cuda.cu", "-o", f"{target}.cubin"])
-        Path(f"{target}.cubin").unlink()
-        target.write_text(text)
+        target.mkdir()
+        text = _run([*command, f"-I{csrc}", source, "-o", target / "kernels.cubin"])
+        (target / "usage.txt").write_text(text)
 
-    return _made(".usage", [_version(nvcc), *command[1:], op], _sources_of(CSRC, op), make).read_text()
+    return _made(".compiled", [_version(nvcc), *command[1:], source.parent.name], [source, *dependencies], make)
+
+
+def compiled_op(op: str) -> Path:
+    """The same of one op of csrc."""
+    return compiled(CSRC / op / "cuda.cu", _sources_of(CSRC, op))
+
+
+def compiled_small_gemm(instance: int, csrc: Path) -> Path:
+    """The same of one instance of small_gemm.cu, with the headers of `csrc`."""
+    source = RUNTIME.parent / "small_gemm.cu"
+    return compiled(source, _sources_of(csrc, "gemm"), csrc, [f"-DK25_INSTANCE={instance}"])
 
 
 def _version(nvcc: str) -> str:
     return _run([nvcc, "--version"])
 
 
-def translated_object(ptx: Path, flags: Sequence[str] = ()) -> Path:
+def translated_object(ptx: Path, flags: Sequence[str] = (), without: str = "") -> Path:
     """The translated PTX, compiled. Raises PtxError for what the translator does not know."""
     translator = sorted((RUNTIME.parent / "ptx").glob("*.py"))
-    cpp = _made(".cpp", [], [ptx, *translator], lambda target: target.write_text(translate(ptx.read_text())))
+    make = lambda target: target.write_text(translate(ptx.read_text(), without))  # noqa: E731
+    cpp = _made(".cpp", [without], [ptx, *translator], make)
     return _compile(cpp, _runtime_headers(), _includes(), ["-w", *flags])
 
 
 def _source_object(csrc: Path, op: str, flags: Sequence[str] = (), source: Path | None = None) -> Path:
-    dependencies = [*_sources_of(csrc, op, source), *_runtime_headers()]
+    others = sorted(csrc.glob("*/api.h")) if op in PRODUCTS else []
+    dependencies = [*_sources_of(csrc, op, source), *others, *_runtime_headers()]
     return _compile(source or csrc / op / "cuda.cu", dependencies, _includes(csrc), [*_WARNINGS, *flags])
 
 
@@ -187,6 +209,17 @@ def executor_module(csrc: Path = CSRC) -> ModuleType:
         return _module([job.result() for job in (*translated, *sources)], ["-DCUDA_ON_CPU_ROUTING"])
 
 
+def planted_module(csrc: Path, op: str, host: Path = CSRC) -> ModuleType:
+    """One op's kernels of `csrc` for float32, as PTX; `host` is where the code of its launches comes from.
+
+    Other ops run as source only. Built without optimization: that takes most of the time, and the cases are small.
+    """
+    translated = translated_object(ptx_of(csrc, op), ["-O0"], without=NOT_FLOAT32)
+    with ThreadPoolExecutor(2) as pool:
+        sources = list(pool.map(lambda each: _source_object(host if each == op else CSRC, each), OPS))
+    return _module([translated, *sources], ["-DCUDA_ON_CPU_ROUTING"])
+
+
 def gemm_module() -> ModuleType:
     """The matrix products of csrc, in both executors."""
     with ThreadPoolExecutor(2) as pool:
@@ -194,14 +227,15 @@ def gemm_module() -> ModuleType:
             # Its translated kernels are large, and their time is in wgmma, which is the runtime's.
             pool.submit(lambda: translated_object(ptx_of(CSRC, "gemm"), ["-O0"])),
             pool.submit(_source_object, CSRC, "gemm"),
+            *(pool.submit(_source_object, CSRC, op) for op in PRODUCTS),
             pool.submit(_tensor_map_object, CSRC),
         ]
-        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM"])
+        return _module([job.result() for job in jobs], ["-DCUDA_ON_CPU_GEMM", "-DCUDA_ON_CPU_PRODUCTS"])
 
 
-def small_gemm_module(kind: int, csrc: Path = CSRC) -> ModuleType:
-    """One kernel of small_gemm.cu, for the PTX executor; its device code is that of `csrc`, the host's that of CSRC."""
-    source, flag = RUNTIME.parent / "small_gemm.cu", f"-DK25_KIND={kind}"
+def small_gemm_module(instance: int, csrc: Path = CSRC) -> ModuleType:
+    """One instance in small_gemm.cu, for the PTX executor; device code is that of `csrc`, the host's that of CSRC."""
+    source, flag = RUNTIME.parent / "small_gemm.cu", f"-DK25_INSTANCE={instance}"
     translated = translated_object(ptx_of(csrc, "gemm", source, [flag]), ["-O0"])
     host = [_source_object(CSRC, "gemm", [flag], source), _tensor_map_object(CSRC)]
     return _module([translated, *host], ["-DCUDA_ON_CPU_GEMM"])

@@ -121,6 +121,30 @@ class DeviceOps:
         self._call("swiglu_backward", inputs, {"grad_gate_up": grad}, [*inputs.values(), grad, *sizes])
         return grad
 
+    def weighted_swiglu_backward(
+        self, grad_act: Tensor, gate_up: Tensor, weights: Tensor, slot_of_row: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        named = {"grad_act": grad_act, "gate_up": gate_up, "weights": weights, "slot_of_row": slot_of_row}
+        inputs = {name: self._place(value) for name, value in named.items()}
+        outputs = {
+            "grad_gate_up": self._garbage(tuple(gate_up.shape), gate_up.dtype),
+            "weighted_act": self._garbage(tuple(grad_act.shape), gate_up.dtype),
+            "grad_weights": self._garbage(tuple(weights.shape), weights.dtype),
+        }
+        sizes = [*grad_act.shape, native.DTYPE_CODES[gate_up.dtype]]
+        self._call("weighted_swiglu_backward", inputs, outputs, [*inputs.values(), *outputs.values(), *sizes])
+        return outputs["grad_gate_up"], outputs["weighted_act"], outputs["grad_weights"]
+
+    def transpose_fp8(self, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        batch, rows, cols = values.shape
+        inputs = {"values": self._place(values.view(torch.uint8)), "scales": self._place(scales)}
+        outputs = {
+            "values_t": self._place(torch.full((batch, cols, rows), 0x5A, dtype=torch.uint8)),
+            "scales_t": self._garbage((batch, scales.shape[2], scales.shape[1]), torch.float32),
+        }
+        self._call("transpose_fp8", inputs, outputs, [*inputs.values(), *outputs.values(), batch, rows, cols])
+        return outputs["values_t"].view(torch.float8_e4m3fn), outputs["scales_t"]
+
     def _loss_inputs(
         self, logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, weights: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:

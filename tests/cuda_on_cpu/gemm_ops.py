@@ -142,12 +142,18 @@ def wrong(case: "GemmCase | WeightGradCase", ours: Tensor, expected: Tensor) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightGradCase:
-    """Of the rows of each expert, those of A (`a_width` columns) and of B. No rows per expert: no offsets."""
+    """Of the rows of each expert, those of A (`a_width` columns) and of B. No rows per expert: no offsets.
+
+    FP8 operands are (a_width, rows) and (b_width, rows), and experts but the last have multiples of 128 rows.
+    `accumulate` adds to an output that holds numbers.
+    """
 
     a_width: int
     b_width: int
     rows: int = 0
     rows_per_expert: tuple[int, ...] = ()
+    fp8: bool = False
+    accumulate: bool = False
     out_dtype: torch.dtype = torch.float32
     width: int = 0
 
@@ -159,33 +165,59 @@ class WeightGradCase:
     def num_experts(self) -> int:
         return len(self.rows_per_expert) or 1
 
-    def operands(self) -> tuple[Tensor, Tensor]:
+    @property
+    def offsets(self) -> Tensor:
+        return torch.tensor([0, *self.rows_per_expert]).cumsum(0).int()
+
+    def operands(self) -> Operands:
+        """Of bf16 (rows, width), of FP8 (width, rows) with scales between 1/4 and 4."""
         generator = torch.Generator().manual_seed(self.a_width + self.num_rows)
         a = torch.randn(self.num_rows, self.a_width, generator=generator)
-        return a.bfloat16(), torch.randn(self.num_rows, self.b_width, generator=generator).bfloat16()
+        b = torch.randn(self.num_rows, self.b_width, generator=generator)
+        if not self.fp8:
+            return Operands(a.bfloat16(), b.bfloat16(), None, None)
+        shapes = ((width, blocks(self.num_rows)) for width in (self.a_width, self.b_width))
+        scales = [torch.exp2(4 * torch.rand(shape, generator=generator) - 2) for shape in shapes]
+        return Operands(a.T.contiguous().to(torch.float8_e4m3fn), b.T.contiguous().to(torch.float8_e4m3fn), *scales)
 
-    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+    def start(self) -> Tensor:
+        """What the output holds before: NaN, or what is added to."""
+        shape = (self.num_experts, self.a_width, self.b_width)
+        if not self.accumulate:
+            return torch.full(shape, float("nan"), dtype=self.out_dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.out_dtype) * 20
+
+    def exact(self, t: Operands) -> Tensor:
         """(E, a_width, b_width) in float64."""
+        a, b = t.a.double(), t.b.double()
+        if t.a_scales is not None and t.b_scales is not None:
+            a, b = (
+                (v * s.double().repeat_interleave(SCALE_BLOCK, 1)[:, : self.num_rows]).T
+                for v, s in ((a, t.a_scales), (b, t.b_scales))
+            )
         sizes = list(self.rows_per_expert or (self.rows,))
-        pairs = zip(a.double().split(sizes), b.double().split(sizes), strict=True)
-        return torch.stack([x.T @ y for x, y in pairs])
+        grads = torch.stack([x.T @ y for x, y in zip(a.split(sizes), b.split(sizes), strict=True)])
+        return grads + self.start().double() if self.accumulate else grads
 
 
 def run_weight_grads(
-    module: ModuleType, case: WeightGradCase, a: Tensor, b: Tensor, executor: str, lazy: bool, order: str, seed: int = 0
+    module: ModuleType, case: WeightGradCase, t: Operands, executor: str, lazy: bool, order: str, seed: int = 0
 ) -> Tensor:
-    """The kernel's result in an output that held NaN."""
+    """The kernel's result."""
     module.set_options(order, seed, executor, lazy)
     module.clear_buffers()
-    starts = torch.tensor([0, *case.rows_per_expert]).cumsum(0).int()
-    placed = [aligned(value) for value in (a, b, starts)]
-    for name, value in zip(("a", "b", "offsets"), placed, strict=True):
+    inputs = {"a": t.a, "b": t.b, "a_scales": t.a_scales, "b_scales": t.b_scales, "offsets": case.offsets}
+    placed = {name: aligned(value) for name, value in inputs.items() if value is not None}
+    for name, value in placed.items():
         module.register_buffer(name, value.data_ptr(), value.nbytes, False)
-    shape = (case.num_experts, case.a_width, case.b_width)
-    out = aligned(torch.full(shape, float("nan"), dtype=case.out_dtype))
+    out = aligned(case.start())
     module.register_buffer("out", out.data_ptr(), out.nbytes, True)
-    offsets = placed[2].data_ptr() if case.rows_per_expert else 0
-    pointers = [placed[0].data_ptr(), placed[1].data_ptr(), offsets, out.data_ptr()]
-    sizes = [case.num_rows, case.a_width, case.b_width, case.num_experts, native.DTYPE_CODES[case.out_dtype]]
-    module.gemm_bf16_weight_grads(*pointers, *sizes, 0)
+    offsets = placed["offsets"].data_ptr() if case.rows_per_expert else 0
+    sizes = [case.num_rows, case.a_width, case.b_width, case.num_experts]
+    rest = [offsets, out.data_ptr(), *sizes, case.accumulate, native.DTYPE_CODES[case.out_dtype], 0]
+    if case.fp8:
+        operands = [placed[name].data_ptr() for name in ("a", "b", "a_scales", "b_scales")]
+        module.gemm_fp8_weight_grads(*operands, *rest)
+    else:
+        module.gemm_bf16_weight_grads(placed["a"].data_ptr(), placed["b"].data_ptr(), *rest)
     return out

@@ -7,21 +7,24 @@ from tests.cuda_on_cpu.planted_bugs import PlantedBug
 KERNELS, WRAPPERS = "gemm/kernels.cuh", "common/hopper.cuh"
 LOAD_RACE = "race at byte .*a bulk copy to shared memory"
 
-BF16, TRANSPOSED, FP8, WEIGHT_GRADS = 0, 1, 2, 3  # kinds of small_gemm.cu
+# Instances in small_gemm.cu; ADDED are weight gradients that are added to the result.
+BF16, TRANSPOSED, FP8, WEIGHT_GRADS, FP8_WEIGHT_GRADS, ADDED = range(6)
 MULTIPLY = "    if constexpr (Config::kWeightGrads) {\n      const int left"  # the first statement behind the wait
 WAIT = "    wait_for_phase(shared.full() + ring.stage, ring.parity);\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedGemmBug(PlantedBug):
-    """`kind` is the kernel that shows it."""
+    """`instance` is the one of small_gemm.cu that shows it."""
 
-    kind: int = BF16
+    kernel: str = "gemm_kernel"
+    instance: int = BF16
 
 
 PLANTED_GEMM_BUGS = (
     PlantedGemmBug(
         name="descriptor with 64-byte swizzle",
+        sort="swizzle",
         file=WRAPPERS,
         old="kSwizzle128 = 1ull << 62",
         new="kSwizzle128 = 2ull << 62",
@@ -29,6 +32,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="stride of 4 rows in the descriptor",
+        sort="stride",
         file=WRAPPERS,
         old="uint64_t(stride >> 4) << 32",
         new="uint64_t(stride >> 5) << 32",
@@ -36,6 +40,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="half a step along K",
+        sort="K step",
         file=KERNELS,
         old="a + descriptor_step(i * kStepA)",
         new="a + descriptor_step(i * kStepA / 2)",
@@ -43,7 +48,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="MN-major tile with the stride of a K-major one",
-        kind=TRANSPOSED,
+        sort="stride",
+        instance=TRANSPOSED,
         file=KERNELS,
         old="Config::kMnMajorB ? Config::kBoxBytes : 0",
         new="Config::kMnMajorB ? kSwizzleRepeat : 0",
@@ -51,6 +57,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no wait for the loads",
+        sort="wait",
         file=KERNELS,
         old=WAIT + MULTIPLY,
         new=MULTIPLY,
@@ -58,6 +65,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="loads waited for by the wrong phase",
+        sort="phase",
         file=KERNELS,
         old=WAIT + MULTIPLY,
         new=WAIT.replace("ring.parity", "ring.parity ^ 1") + MULTIPLY,
@@ -65,6 +73,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="free stages waited for by the wrong phase",
+        sort="phase",
         file=KERNELS,
         old="ring.parity ^ 1);\n      load_stage",
         new="ring.parity);\n      load_stage",
@@ -72,14 +81,16 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="sums read before their wgmma is waited for",
-        kind=FP8,
+        sort="wait",
+        instance=FP8,
         file=KERNELS,
-        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n",
-        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n",
+        old="    wgmma_wait<0>();\n    hold_accumulators(products);\n    free_stage",
+        new="    wgmma_wait<1>();\n    hold_accumulators(products);\n    free_stage",
         caught_as="",
     ),
     PlantedGemmBug(
         name="stage freed while its wgmma is in flight",
+        sort="wait",
         file=KERNELS,
         old="if (k > 0) free_stage(shared, previous);\n    previous = ring.stage;",
         new="previous = ring.stage;\n    if (k > 0) free_stage(shared, previous);",
@@ -87,6 +98,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="stage not freed",
+        sort="barrier",
         file=KERNELS,
         old="    if (k > 0) free_stage(shared, previous);\n",
         new="",
@@ -94,6 +106,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="stage freed by one warp of eight",
+        sort="barrier",
         file=KERNELS,
         old="init_mbarrier(shared.empty() + i, kConsumerWarps)",
         new="init_mbarrier(shared.empty() + i, 1)",
@@ -101,6 +114,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="stage freed by one consumer of two",
+        sort="barrier",
         file=KERNELS,
         old="init_mbarrier(shared.empty() + i, kConsumerWarps)",
         new="init_mbarrier(shared.empty() + i, kConsumerWarps / kConsumers)",
@@ -108,6 +122,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="expects the bytes of A alone",
+        sort="barrier",
         file=KERNELS,
         old="arrive_expecting(full, Config::kStageBytes)",
         new="arrive_expecting(full, Config::kBytesA)",
@@ -115,6 +130,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no wgmma.fence",
+        sort="fence",
         file=KERNELS,
         old="  wgmma_fence();\n",
         new="",
@@ -122,6 +138,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no fence of the mbarriers",
+        sort="fence",
         file=KERNELS,
         old="    fence_mbarrier_init();\n",
         new="",
@@ -129,6 +146,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no fence.proxy.async before the bulk store",
+        sort="fence",
         file=KERNELS,
         old="    fence_async_proxy();\n    named_barrier(1 + consumer",
         new="    named_barrier(1 + consumer",
@@ -136,6 +154,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no barrier before the bulk store",
+        sort="barrier",
         file=KERNELS,
         old="    fence_async_proxy();\n    named_barrier(1 + consumer, kWarpgroupSize);\n",
         new="    fence_async_proxy();\n",
@@ -143,6 +162,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="chunk written while a bulk store reads it",
+        sort="wait",
         file=KERNELS,
         old="    if (leads) wait_for_stores_to_read<kChunkBuffers - 1>();\n",
         new="",
@@ -150,6 +170,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="end without a wait for the bulk stores",
+        sort="wait",
         file=KERNELS,
         old="  if (threadIdx.x % kWarpgroupSize == 0) wait_for_stores_to_read<0>();\n",
         new="",
@@ -157,6 +178,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="bulk store over the next expert's rows",
+        sort="tile",
         file=KERNELS,
         old="const bool whole = tile.row + kTileM <= tile.end_of_expert || tile.end_of_expert == p.rows;",
         new="const bool whole = true;",
@@ -164,6 +186,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="no tile for an expert's last rows",
+        sort="tile",
         file=KERNELS,
         old="count_ = (end_ - begin_ + kTileM - 1) / kTileM * column_tiles_;",
         new="count_ = (end_ - begin_) / kTileM * column_tiles_;",
@@ -171,6 +194,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="one row too many",
+        sort="tile",
         file=KERNELS,
         old="if (row >= tile.end_of_expert || column >= p.columns) continue;",
         new="if (row > tile.end_of_expert || column >= p.columns) continue;",
@@ -178,6 +202,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="every expert multiplied by the first one's matrix",
+        sort="index",
         file=KERNELS,
         old="tile.expert * p.columns + tile.column",
         new="tile.column",
@@ -185,7 +210,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="scales of the tile's first columns for all of them",
-        kind=FP8,
+        sort="scale",
+        instance=FP8,
         file=KERNELS,
         old="min((tile.column + i * (Config::kTileN / kBlocks)) / kScaleBlock, scale_rows - 1)",
         new="min(tile.column / kScaleBlock, scale_rows - 1)",
@@ -193,7 +219,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="scales of the row above for the row below",
-        kind=FP8,
+        sort="scale",
+        instance=FP8,
         file=KERNELS,
         old="(i / 2 % 2 ? below : above)",
         new="above",
@@ -201,6 +228,7 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="more registers than an SM has",
+        sort="bounds",
         file=KERNELS,
         old="kConsumerRegisters = 232",
         new="kConsumerRegisters = 240",
@@ -208,7 +236,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="rows of the next expert in its neighbour's weight gradients",
-        kind=WEIGHT_GRADS,
+        sort="tile",
+        instance=WEIGHT_GRADS,
         file=KERNELS,
         old="if (left < Config::kTileK) clear_rows_behind",
         new="if (left < 0) clear_rows_behind",
@@ -216,7 +245,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="cleared rows multiplied before all threads have cleared",
-        kind=WEIGHT_GRADS,
+        sort="barrier",
+        instance=WEIGHT_GRADS,
         file=KERNELS,
         old="  named_barrier(1 + kConsumers, kConsumers * kWarpgroupSize);\n",
         new="",
@@ -224,7 +254,8 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="cleared rows not fenced",
-        kind=WEIGHT_GRADS,
+        sort="fence",
+        instance=WEIGHT_GRADS,
         file=KERNELS,
         old="  fence_async_proxy();\n  named_barrier(1 + kConsumers",
         new="  named_barrier(1 + kConsumers",
@@ -232,10 +263,126 @@ PLANTED_GEMM_BUGS = (
     ),
     PlantedGemmBug(
         name="weight gradients of the wrong columns of A",
-        kind=WEIGHT_GRADS,
+        sort="index",
+        instance=WEIGHT_GRADS,
         file=KERNELS,
-        old="const int first = tile.row - tile.expert * (p.rows / p.num_experts);",
-        new="const int first = tile.row;",
+        old="return tile.row - tile.expert * (p.rows / p.num_experts);",
+        new="return tile.row;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="scales of the next columns",
+        sort="scale",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="shared.scales(ring.stage) + kTileM + first_column();",
+        new="shared.scales(ring.stage) + kTileM + first_column() + 8;",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="an expert's scales from the start of the row",
+        sort="scale",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old=" + tile.depth_start / kScaleBlock;",
+        new=";",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="an empty expert's gradients not cleared",
+        sort="tile",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="if (Config::kWeightGrads && p.accumulate && tile.depth_start == tile.depth_end) continue;",
+        new="if (Config::kWeightGrads && tile.depth_start == tile.depth_end) continue;",
+        caught_as="NaN where there is a result",
+    ),
+    PlantedGemmBug(
+        name="stage freed before all lanes have read its scales",
+        sort="barrier",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="    __syncwarp();  // all lanes have read the scales\n",
+        new="",
+        caught_as="race at byte .* of shared memory",
+    ),
+    PlantedGemmBug(
+        name="scales announced before all lanes have written them",
+        sort="barrier",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="      __syncwarp();\n      if (lane == 0) arrive(shared.full()",
+        new="      if (lane == 0) arrive(shared.full()",
+        caught_as="race at byte .* of shared memory",
+    ),
+    PlantedGemmBug(
+        name="consumers do not wait for the scales of B",
+        sort="wait",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="Config::kScalesInStages ? 3 : 1",
+        new="Config::kScalesInStages ? 2 : 1",
+        caught_as="race at byte|arrivals",
+    ),
+    PlantedGemmBug(
+        name="scales gathered into a stage that is in use",
+        sort="wait",
+        instance=FP8_WEIGHT_GRADS,
+        file=KERNELS,
+        old="      wait_for_phase(shared.empty() + ring.stage, ring.parity ^ 1);\n      float* to",
+        new="      float* to",
+        caught_as="race at byte|arrivals",
+    ),
+    PlantedGemmBug(
+        name="gradients overwritten that should be added to",
+        sort="index",
+        instance=ADDED,
+        file=KERNELS,
+        old="if (Config::kWeightGrads && kF32 && p.accumulate) {",
+        new="if (false) {",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="the last rows of an expert overwritten, not added to",
+        sort="index",
+        instance=ADDED,
+        file=KERNELS,
+        old="const float low = adds ? value_at(to) + sums[i] : sums[i];",
+        new="const float low = sums[i];",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="result's chunk written without its swizzle",
+        sort="swizzle",
+        file=WRAPPERS,
+        old="(unit ^ row % kSwizzleRows) * 16",
+        new="unit * 16",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="phase that does not turn with the ring",
+        sort="phase",
+        file=KERNELS,
+        old="    parity ^= 1;\n",
+        new="",
+        caught_as="deadlock|race at byte",
+    ),
+    PlantedGemmBug(
+        name="K-major step in an MN-major operand",
+        sort="K step",
+        instance=TRANSPOSED,
+        file=KERNELS,
+        old="kStepB = Config::kMnMajorB ? kBoxStep : kWgmmaDepthBytes",
+        new="kStepB = kWgmmaDepthBytes",
+        caught_as="",
+    ),
+    PlantedGemmBug(
+        name="scales of the tile of K before",
+        sort="scale",
+        instance=FP8,
+        file=KERNELS,
+        old="scale_b[i] = __ldg(scales_b[i] + k);",
+        new="scale_b[i] = __ldg(scales_b[i] + max(k - 1, 0));",
         caught_as="",
     ),
 )

@@ -54,6 +54,17 @@ WEIGHT_GRADS = (
     WeightGradCase(rows=330, a_width=136, b_width=72, out_dtype=torch.bfloat16),
     WeightGradCase(rows_per_expert=(5, 0, 128, 130, 1), a_width=72, b_width=200),
     WeightGradCase(rows_per_expert=(100, 300), a_width=200, b_width=392, out_dtype=torch.bfloat16, width=256),
+    WeightGradCase(rows_per_expert=(5, 0, 128, 130, 1), a_width=72, b_width=200, accumulate=True),
+    WeightGradCase(rows_per_expert=(100, 30), a_width=136, b_width=72, accumulate=True, out_dtype=torch.bfloat16),
+)
+FP8_WEIGHT_GRADS = (
+    WeightGradCase(fp8=True, rows=128, a_width=128, b_width=64, width=64),
+    WeightGradCase(fp8=True, rows=1040, a_width=136, b_width=72, out_dtype=torch.bfloat16),  # more steps than stages
+    WeightGradCase(fp8=True, rows_per_expert=(128, 0, 256, 0), a_width=72, b_width=200),
+    WeightGradCase(fp8=True, rows_per_expert=(256, 144), a_width=61, b_width=77, width=128),  # nothing is aligned
+    WeightGradCase(fp8=True, rows_per_expert=(128, 16), a_width=200, b_width=576, width=192, out_dtype=torch.bfloat16),
+    WeightGradCase(fp8=True, rows_per_expert=(128, 0, 128), a_width=130, b_width=36, accumulate=True),
+    WeightGradCase(fp8=True, rows_per_expert=(128, 32), a_width=9, b_width=5, accumulate=True),
 )
 
 
@@ -77,13 +88,13 @@ def test_gemm(module: ModuleType, case: GemmCase) -> None:
         assert first_difference(results[0].nan_to_num(7.0), other.nan_to_num(7.0)) == ""
 
 
-@pytest.mark.parametrize("case", WEIGHT_GRADS, ids=str)
+@pytest.mark.parametrize("case", [*WEIGHT_GRADS, *FP8_WEIGHT_GRADS], ids=str)
 def test_weight_grads(module: ModuleType, case: WeightGradCase) -> None:
-    a, b = case.operands()
-    expected = case.exact(a, b)
+    operands = case.operands()
+    expected = case.exact(operands)
     results = []
     for run in RUNS:
-        results.append(run_weight_grads(module, case, a, b, *run))
+        results.append(run_weight_grads(module, case, operands, *run))
         assert wrong(case, results[-1], expected) == "", run
         assert first_difference(results[0], results[-1]) == ""
         if case.width:
@@ -92,11 +103,11 @@ def test_weight_grads(module: ModuleType, case: WeightGradCase) -> None:
 
 def test_nan_in_rows_of_one_expert_stays_in_its_weight_grads(module: ModuleType) -> None:
     case = WeightGradCase(rows_per_expert=(40, 40), a_width=64, b_width=64)
-    for operand in (0, 1):
+    for operand in ("a", "b"):
         operands = case.operands()
-        operands[operand][40:] = float("inf")
-        result = run_weight_grads(module, case, *operands, "ptx", True, "random")
-        assert wrong(case, result[:1], case.exact(*operands)[:1]) == ""
+        getattr(operands, operand)[40:] = float("inf")
+        result = run_weight_grads(module, case, operands, "ptx", True, "random")
+        assert wrong(case, result[:1], case.exact(operands)[:1]) == ""
 
 
 def test_nan_of_one_expert_stays_there(module: ModuleType) -> None:
@@ -120,6 +131,19 @@ def test_bad_offsets_trap(module: ModuleType, offsets: tuple[int, ...]) -> None:
     case = Bad(rows_per_expert=(70, 70), columns=64, depth=64)
     with pytest.raises(RuntimeError, match="trap"):
         run_gemm(module, case, operands_of(case), "ptx", False, "in_order")
+
+
+@pytest.mark.parametrize("rows_per_expert", [(64, 192), (128, 64, 64)])
+def test_an_expert_that_begins_within_a_scale_traps(module: ModuleType, rows_per_expert: tuple[int, ...]) -> None:
+    case = WeightGradCase(fp8=True, rows_per_expert=rows_per_expert, a_width=64, b_width=64)
+    with pytest.raises(RuntimeError, match="trap"):
+        run_weight_grads(module, case, case.operands(), "ptx", False, "in_order")
+
+
+def test_fp8_rows_that_are_refused(module: ModuleType) -> None:
+    case = WeightGradCase(fp8=True, rows=40, a_width=64, b_width=64)
+    with pytest.raises(ValueError, match=r"gemm_fp8_weight_grads: rows is 40; it must be .* a multiple of 16"):
+        run_weight_grads(module, case, case.operands(), "ptx", False, "in_order")
 
 
 @pytest.mark.parametrize(

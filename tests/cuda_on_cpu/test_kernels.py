@@ -328,3 +328,34 @@ def test_fp8(executor: ModuleType, name: str, case: Fp8Case, shift: int, square:
         back = device.dequantize_fp8(values.view(torch.float8_e4m3fn), scales, square=square, dtype=case.dtype)
         exact_back = ops.reference_dequantize_fp8(values.view(torch.float8_e4m3fn), scales, block, case.dtype)
         assert torch.equal(back.nan_to_num(-7), exact_back.nan_to_num(-7))
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@generated
+@given(case=moe_cases(max_experts=3), shift=shifts)
+def test_weighted_swiglu_backward(executor: ModuleType, name: str, case: MoeCase, shift: int) -> None:
+    t = case.tensors()
+    plan = ops.reference_plan_dispatch(t.experts_TK, case.num_experts)
+    gate_up = torch.cat([t.rows_MD, t.rows_MD.flip(1)], 1)
+    grad = t.rows_MD.roll(1, 0)
+    ours = same_for_all_orders(
+        executor, name, shift, lambda d: d.weighted_swiglu_backward(grad, gate_up, t.weights_TK, plan.slot_of_row_M)
+    )
+    leaf, weights = gate_up.double().requires_grad_(), t.weights_TK.double().requires_grad_()
+    act = ops.reference_swiglu(leaf) * weights.view(-1)[plan.slot_of_row_M.long()][:, None]
+    grads = torch.autograd.grad(act, (leaf, weights), grad.double())
+    for result, expected in zip(ours, (grads[0], act.detach(), grads[1]), strict=True):
+        error = (result.double() - expected).norm()
+        assert error <= tolerance(case.dtype) * (expected.norm() + expected.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("name", EXECUTORS)
+@pytest.mark.parametrize("shape", [(2, 300, 132), (1, 5, 7), (3, 128, 256), (1, 4, 140), (2, 131, 129)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_transpose_fp8(executor: ModuleType, name: str, shape: tuple[int, ...], shift: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[2] + 1)
+    quantised = ops.reference_quantize_fp8(x, (128, 128))
+    values, scales = same_for_all_orders(executor, name, shift, lambda d: d.transpose_fp8(*quantised))
+    expected = ops.reference_transpose_fp8(*quantised)
+    assert torch.equal(bits(values), bits(expected[0]))
+    assert torch.equal(scales, expected[1])

@@ -1,117 +1,67 @@
 """The executor catches what it is there for: each planted bug fails, by the check that names it."""
 
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
-import torch
 
 from k25sys import ops
-from tests.cuda_on_cpu import build
-from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps, clip_table
-from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, PLANTED_BUGS, PlantedBug
-from tests.ops.generators import MoeCase, PatchCase, relative_error
-from tests.ops.test_policy_loss import BOUNDS, LossCase
+from tests.cuda_on_cpu import build, mutations
+from tests.cuda_on_cpu.device_ops import ORDERS, DeviceOps
+from tests.cuda_on_cpu.kernel_checks import CASE, CHECKS, SHIFTS
+from tests.cuda_on_cpu.mutations import ALL_BUGS, GEMM_CASES
+from tests.cuda_on_cpu.planted_bugs import DROPPED_BARRIER, PlantedBug, Sort
+from tests.cuda_on_cpu.ptx.parse import parse
 
-CASE = MoeCase(
-    num_tokens=40, num_experts=300, top_k=5, dim=400, width=24, dtype=torch.float32, routing="skewed", seed=4
-)
-PATCHES = PatchCase(
-    clips=((2, 4, 6), (1, 2, 2), (3, 2, 4)), merge=(2, 2), dim=88, dtype=torch.float32, grid_dtype=torch.int64, seed=4
-)
-SHIFTS = (0, 1)  # elements away from an aligned address
+pytestmark = pytest.mark.timeout(300)
 
 
-def dequantized(x: torch.Tensor) -> torch.Tensor:
-    """x after a trip through E4M3."""
-    return ops.reference_dequantize_fp8(*ops.reference_quantize_fp8(x, (1, 128)), (1, 128))
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory, executor: ModuleType) -> dict[str, "Future[ModuleType]"]:
+    """Of each bug; behind `executor`, whose objects they share."""
+    return mutations.start_builds(ALL_BUGS, tmp_path_factory.mktemp("planted"))
 
 
-def wrong_results(device: DeviceOps) -> list[str]:
-    """Names of the ops whose result differs from the reference. A check of the executor raises RuntimeError."""
-    t = CASE.tensors()
-    plan = ops.reference_plan_dispatch(t.experts_TK, CASE.num_experts)
-    _, experts = ops.reference_route_tokens(t.logits_TE, t.bias_E, top_k=5, scale=1.0)
-    logits = t.logits_TE.clone().requires_grad_()
-    ops.reference_route_tokens(logits, t.bias_E, top_k=5, scale=1.0)[0].backward(t.weights_TK)
-    assert logits.grad is not None
-    expected_grad_weights = (t.grad_TD.repeat_interleave(5, 0) * t.rows_MD[plan.row_of_slot_TK.view(-1).long()]).sum(1)
-    rows = LossCase(num_tokens=3, vocab=5000, dim=6, dtype=torch.float32, with_loss=1.0, seed=1)
-    hidden, head = rows.layer()
-    targets, old, advantages, mask = rows.tokens(hidden @ head.T)
-    loss_inputs = (hidden @ head.T, targets, old, advantages, mask.float() / 3)
-    exact_logits = loss_inputs[0].double().requires_grad_()
-    loss = ops.reference_vocab_parallel_clipped_log_ratio_loss(
-        exact_logits, targets, old.double(), advantages.double(), mask, **BOUNDS
-    )
-    (grad_logits,) = torch.autograd.grad(loss, exact_logits)
-    patches, grid, grad_pooled = PATCHES.tensors()
-    clips, num_out = clip_table(grid, PATCHES.num_patches, PATCHES.merge)
-    leaf = patches.clone().requires_grad_()
-    pooled = ops.reference_pool_temporal_patches(leaf, grid)
-    (grad_patches,) = torch.autograd.grad(pooled, leaf, grad_pooled)
-    tile = torch.randn(6, 140, generator=torch.Generator().manual_seed(0))
-    values, scales, values_t, scales_t = device.quantize_fp8(tile, square=False, power_of_two=False, transposed=True)
-    pairs = {
-        "quantize_fp8": (ops.reference_dequantize_fp8(values, scales, (1, 128)), dequantized(tile)),
-        "quantize_fp8 transposed": (ops.reference_dequantize_fp8(values_t, scales_t, (1, 128)), dequantized(tile.T)),
-        "loss_rows": (
-            device.loss_rows(*loss_inputs, objective=(0, *BOUNDS.values(), True), in_place=True)[3],
-            grad_logits,
-        ),
-        "plan_dispatch": (device.plan_dispatch(t.experts_TK, CASE.num_experts).row_of_slot_TK, plan.row_of_slot_TK),
-        "dispatch": (device.dispatch(t.x_TD, plan), ops.reference_dispatch(t.x_TD, plan)),
-        "combine": (
-            device.combine(t.rows_MD, t.weights_TK, plan),
-            ops.reference_combine(t.rows_MD, t.weights_TK, plan),
-        ),
-        "combine_backward": (
-            device.combine_backward(t.grad_TD, t.rows_MD, t.weights_TK, plan)[1].view(-1),
-            expected_grad_weights,
-        ),
-        "route_tokens_backward": (
-            device.route_tokens_backward(t.weights_TK, t.logits_TE, experts, scale=1.0),
-            logits.grad,
-        ),
-        "pool_temporal_patches": (device.pool_temporal_patches(patches, clips, num_out, (2, 2)), pooled.detach()),
-        "pool_temporal_patches_backward": (
-            device.pool_temporal_patches_backward(grad_pooled, clips, PATCHES.num_patches, (2, 2)),
-            grad_patches,
-        ),
-    }
-    return [op for op, (ours, exact) in pairs.items() if not relative_error(ours, exact) <= 1e-5]
-
-
-def test_without_a_bug_nothing_is_caught(executor: ModuleType) -> None:
-    for name in ("ptx", "source"):
-        for shift in SHIFTS:
-            assert wrong_results(DeviceOps(executor, name, shift=shift)) == []
-
-
-@pytest.mark.parametrize("bug", PLANTED_BUGS, ids=lambda bug: bug.name)
-def test_planted_bug_is_caught(bug: PlantedBug, tmp_path: Path) -> None:
-    module = build.executor_module(bug.plant(tmp_path))
-    caught = []
+@pytest.mark.parametrize("kernel", CHECKS)
+def test_without_a_bug_nothing_is_caught(executor: ModuleType, kernel: str) -> None:
+    assert mutations.run_kernel_check(executor, kernel) == []
     for shift in SHIFTS:
-        try:
-            caught += wrong_results(DeviceOps(module, "ptx", shift=shift))
-        except RuntimeError as error:
-            caught.append(str(error))
+        assert not CHECKS[kernel].is_wrong(DeviceOps(executor, "source", shift=shift))
+
+
+@pytest.mark.parametrize("instance", range(len(GEMM_CASES)))
+def test_without_a_bug_nothing_is_caught_in_a_product(instance: int) -> None:
+    assert mutations.run_gemm_check(build.small_gemm_module(instance), instance) == []
+
+
+@pytest.mark.parametrize("bug", ALL_BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: PlantedBug, modules: dict[str, "Future[ModuleType]"]) -> None:
+    caught = mutations.run_with(bug, modules[bug.name].result())
     assert caught, "not caught"
-    if bug.caught_as:
-        assert any(re.search(bug.caught_as, text) for text in caught), caught
+    assert mutations.is_caught(bug, caught), caught
+
+
+def test_there_are_bugs_of_every_sort_in_every_kernel() -> None:
+    symbols = [e.symbol for op in (*build.OPS, "gemm") for e in parse(build.ptx_of(build.CSRC, op).read_text()).entries]
+    kernels = {re.sub(r"^_ZN3k254cuda\d+(\w+?_kernel)[IE].*$", r"\1", symbol) for symbol in symbols}
+    assert kernels == {*CHECKS, "gemm_kernel"} == {bug.kernel for bug in ALL_BUGS}
+    assert {bug.sort for bug in ALL_BUGS} == set(get_args(Sort))
+    assert len({bug.name for bug in ALL_BUGS}) == len(ALL_BUGS) >= 25
 
 
 def test_a_dropped_barrier_shows_in_the_result_of_some_order_of_the_source(tmp_path: Path) -> None:
-    module = build.executor_module(DROPPED_BARRIER.plant(tmp_path))
+    copy = DROPPED_BARRIER.plant(tmp_path)
+    module = build.planted_module(copy, "plan_dispatch", host=copy)
     experts = CASE.tensors().experts_TK
     reference = ops.reference_plan_dispatch(experts, CASE.num_experts).row_of_slot_TK
     wrong = []
     for order, seed in ORDERS:
         try:
             plan = DeviceOps(module, "source", order, seed).plan_dispatch(experts, CASE.num_experts)
-            wrong.append(not torch.equal(plan.row_of_slot_TK, reference))
+            wrong.append(not bool((plan.row_of_slot_TK == reference).all()))
         except RuntimeError:
             wrong.append(True)
     assert any(wrong)

@@ -48,7 +48,16 @@ CASES = [
     ("bfi.b32 %d, %a, %b, 8, 4", (0xF5, 0xFFFFFFFF), 0xFFFFF5FF),
     ("bfi.b32 %d, %a, %b, 40, 4", (0xF, 0x12), 0x12),
     ("bfi.b32 %d, %a, %b, 0, 32", (7, M1), 7),
+    ("bfe.u32 %d, %a, 4, 8", (0xABCDE,), 0xCD),
+    ("bfe.u32 %d, %a, 28, 8", (M1,), 0xF),
+    ("bfe.u32 %d, %a, 40, 8", (M1,), 0),
+    ("bfe.u32 %d, %a, 0, 0", (M1,), 0),
+    ("bfe.s32 %d, %a, 4, 4", (0x80,), M1 - 7),
+    ("bfe.s32 %d, %a, 40, 8", (MIN,), M1),
+    ("bfe.s32 %d, %a, 0, 256", (M1,), 0),
     ("popc.b32 %d, %a", (0xF0F,), 8),
+    ("prmt.b32 %d, %a, %b, 0x7240", (0x33221100, 0x77665544), 0x77224400),
+    ("prmt.b32 %d, %a, %b, 0x9F80", (0x3322FF00, 0x87665544), 0xFFFF0000),
     ("cvt.s64.s32 %D, %a", (M1,), 2**64 - 1),
     ("cvt.u64.u32 %D, %a", (M1,), M1),
     ("cvt.u32.u64 %d, %A", (2**32 + 5,), 5),
@@ -94,6 +103,14 @@ CASES = [
     ("mov.b64 {%c, %d}, %A", (7 * 2**32 + 9,), 7),
     ("mov.b32 %d, 0fBF800000", (), f32(-1.0)),
     ("mov.u32 %d, %tid.x", (), 0),
+    # A label and a predicate that two scopes both declare.
+    (
+        "{\n .reg .pred done;\n loop:\n add.u32 %a, %a, 1;\n setp.ge.u32 done, %a, 3;\n @!done bra.uni loop;\n }\n "
+        "{\n .reg .pred done;\n loop:\n add.u32 %b, %b, 1;\n setp.ge.u32 done, %b, 5;\n @!done bra.uni loop;\n }\n "
+        "add.u32 %d, %a, %b",
+        (0, 0),
+        8,
+    ),
     ("shfl.sync.bfly.b32 %d|%p, %a, 1, 31, 1", (5,), None),  # reads a lane outside the mask
 ]
 

@@ -23,8 +23,10 @@ LOAD = f"{LOAD_2D} [%r2], [%d4, {{%r4, %r5}}], [%r3];"
 START = "cvt.u32.u64 %r4, %d1; cvt.u32.u64 %r5, %d2;"
 EXPECT = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], {bytes};"
 STORE = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%d4, {%r4, %r5}], [%r2];"
+ADD = "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%d4, {%r4, %r5}], [%r2];"
 # Each thread writes its number to its word of shared memory.
 WRITE = "shl.b32 %r6, %r0, 2; add.s32 %r6, %r6, %r2; st.shared.u32 [%r6], %r0;"
+WRITE_FLOAT = WRITE.replace("st.shared.u32 [%r6], %r0", "cvt.rn.f32.u32 %f0, %r0; st.shared.f32 [%r6], %f0")
 READ = "shl.b32 %r6, %r0, 2; add.s32 %r6, %r6, %r2; ld.shared.u32 %r1, [%r6];"
 TILES = "mov.u32 %r2, tiles; setp.eq.u32 %p, %r0, 0;"
 
@@ -125,6 +127,11 @@ COPIES = {
         TILES + START + WRITE + "fence.proxy.async.shared::cta; bar.sync 0;"
         + one_thread(STORE + "cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0") + "mov.u32 %r1, 1",
     ),
+    "add": Kernel(
+        "add",
+        TILES + START + WRITE_FLOAT + "fence.proxy.async.shared::cta; bar.sync 0;"
+        + one_thread(ADD + "cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0") + "mov.u32 %r1, 1",
+    ),
 }  # fmt: skip
 
 
@@ -184,6 +191,23 @@ def test_bulk_store_leaves_out_what_is_outside(module: ModuleType, lazy: bool) -
     expected = torch.full((6, 12), -1.0)
     expected[2:5, 4:10] = tile[moved // 4].view(torch.float32)[:3, :6]
     assert torch.equal(target.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bulk_add(module: ModuleType, lazy: bool) -> None:
+    """Also that it leaves out what is outside, and that only f32 is added."""
+    runner = Runner(module, lazy)
+    start = torch.randn(6, 12)
+    target = runner.buffer("target", start, writable=True)
+    tensor_map = runner.module.tensor_map(target.data_ptr(), FLOAT32, [10, 5], [48], (8, 4), 0)
+    runner.run(COPIES["add"], 4, 2, tensor_map=tensor_map)
+    expected = start.clone()
+    expected[2:5, 4:10] += torch.arange(32).view(4, 8)[:3, :6]
+    assert torch.equal(target, expected)
+    narrow = runner.buffer("narrow", torch.zeros(8, 64).bfloat16(), writable=True)
+    tensor_map = runner.module.tensor_map(narrow.data_ptr(), BF16, [64, 8], [128], (64, 8), 0)
+    with pytest.raises(RuntimeError, match="adds what is not f32"):
+        runner.run(COPIES["add"], 0, 0, tensor_map=tensor_map)
 
 
 LOADED = INIT_1 + START + one_thread(EXPECT.format(bytes=BOX_64_BY_8) + LOAD)

@@ -19,6 +19,8 @@ from tests.ops.generators import MoeCase, MoeTensors
 
 SIZES = {"num_tokens": 6, "num_experts": 5, "top_k": 2, "dim": 9, "width": 4, "routing": "uniform"}
 NUMBERS = (0, -1, 6, 17, 513, 2**31, 2**63, -(2**63), True, 1.5, float("nan"), float("inf"), "2", None, [2], 1 + 1j)
+# What else names the fault of an argument: logits are made of it, or tell which targets there are.
+ALSO_NAMED = {"hidden_TD": "logit", "head_VD": "logit", "logits_shard_TV": "targets_T"}
 IDS = (-1, 5, 512, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63))
 DTYPES = (
     torch.float16, torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8,
@@ -35,6 +37,7 @@ def good_calls(seed: int, dtype: torch.dtype) -> dict[str, tuple[Callable, Calla
     return {
         **good_losses(t, seed),
         **good_fp8(t),
+        **good_products(t),
         "route_tokens": (ops.route_tokens, ops.reference_route_tokens, route),
         "plan_dispatch": (
             ops.plan_dispatch,
@@ -118,7 +121,35 @@ def good_fp8(t: MoeTensors) -> dict[str, tuple[Callable, Callable, dict[str, Any
             ops.reference_dequantize_fp8,
             {"values": a, "scales": a_scales, "block": (1, 128)},
         ),
-        "fp8_gemm": (ops.fp8_gemm, ops.reference_fp8_gemm, product),
+        "transpose_fp8": (ops.transpose_fp8, ops.reference_transpose_fp8, {"values": b, "scales": b_scales}),
+        "fp8_gemm": (numbers(ops.fp8_gemm), numbers(ops.reference_fp8_gemm), product),
+    }
+
+
+def numbers(function: Callable) -> Callable:
+    """The function, with NaN for infinities: an infinite scale meets each element, or the sum of 128 of them."""
+
+    def run(**arguments: Any) -> Tensor:
+        result = function(**arguments)
+        return torch.where(result.isfinite(), result, torch.nan)
+
+    return run
+
+
+def good_products(t: MoeTensors) -> dict[str, tuple[Callable, Callable, dict[str, Any]]]:
+    """The grouped products of a layer."""
+    offsets = ops.plan_dispatch(t.experts_TK, 5).offsets
+    return {
+        "grouped_gemm": (
+            ops.grouped_gemm,
+            ops.reference_grouped_gemm,
+            {"a_MK": t.rows_MD, "b_ENK": t.gate_up_EGD, "offsets": offsets},
+        ),
+        "grouped_gemm_wgrad": (
+            ops.grouped_gemm_wgrad,
+            ops.reference_grouped_gemm_wgrad,
+            {"a_MN": t.rows_MD, "b_MK": t.rows_MD[:, :4].contiguous(), "offsets": offsets},
+        ),
     }
 
 
@@ -214,6 +245,7 @@ def judge(op: str, argument: str, function: Callable, reference: Callable, argum
         mentions = (
             argument in text
             or argument.split("_")[0] in text
+            or ALSO_NAMED.get(argument, argument) in text
             or f"E ({'columns' if op == 'route_tokens' else 'first'}" in text
         )
         return f"error: {text}" if names and mentions else f"BAD: an unclear error: {type(error).__name__}: {text}"

@@ -4,6 +4,7 @@
 #include "dispatch/api.h"
 #include "expert_mlp/api.h"
 #include "fp8_gemm/api.h"
+#include "grouped_gemm/api.h"
 #include "linear_loss/api.h"
 #include "policy_loss/api.h"
 #include "pool_temporal_patches/api.h"
@@ -23,6 +24,10 @@
   void pool_temporal_patches_backward(const PoolTemporalPatchesBackward&, int); \
   void quantize_fp8(const QuantizeFp8&, int);                                   \
   void dequantize_fp8(const DequantizeFp8&, int);                               \
+  void transpose_fp8(const TransposeFp8&, int);                                 \
+  void grouped_gemm(const GroupedGemm&, int);                                   \
+  void grouped_gemm_weight_grads(const GroupedGemmWeightGrads&, int);           \
+  void weighted_swiglu_backward(const WeightedSwigluBackward&, int);            \
   void fp8_gemm(const Fp8Gemm&, int);                                           \
   void token_losses(const TokenLosses&, int);                                   \
   void logit_stats(const LogitStats&, int);                                     \

@@ -77,6 +77,12 @@ def _bulk_store(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return f"{_map_and_start(c, target, m[1])} bulk_store(map, {c.shared_offset(source)}, start, {m[1]}, {c.line});"
 
 
+@rule(r"cp\.reduce\.async\.bulk\.tensor\.([23])d\.global\.shared::cta\.add(?:\.tile)?\.bulk_group")
+def _bulk_add(c: Context, m: re.Match[str], operands: list[str]) -> str:
+    target, source = _exactly(2, operands)
+    return f"{_map_and_start(c, target, m[1])} bulk_add(map, {c.shared_offset(source)}, start, {m[1]}, {c.line});"
+
+
 @rule(r"cp\.async\.bulk\.commit_group")
 def _commit_bulk(c: Context, m: re.Match[str], operands: list[str]) -> str:
     _exactly(0, operands)

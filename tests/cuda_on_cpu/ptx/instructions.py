@@ -6,7 +6,7 @@ A modifier or type that no pattern names is an unknown instruction: the translat
 import re
 from collections.abc import Callable
 
-from tests.cuda_on_cpu.ptx.operands import TYPES, Context, bits_of
+from tests.cuda_on_cpu.ptx.operands import TYPES, Context, bits_of, identifier
 
 Rule = Callable[[Context, re.Match[str], list[str]], str]
 RULES: list[tuple[re.Pattern[str], Rule]] = []
@@ -71,6 +71,8 @@ def _define_arithmetic() -> None:
     _expression(r"not\.(b16|b32|b64)", "{T}(~{a})", one)
     _expression(r"not\.(pred)", "!{a}", one)
     _expression(r"bfi\.(b32|b64)", "bit_field_insert<{T}>({a}, {b}, {c}, {d})", lambda m: [m[1], m[1], "u32", "u32"])
+    _expression(r"bfe\.([us](?:32|64))", "bit_field_extract<{T}>({a}, {b}, {c})", lambda m: [m[1], "u32", "u32"])
+    _expression(r"prmt\.(b32)", "permute_bytes({a}, {b}, {c})", lambda m: [m[1], m[1], "u32"])
     _expression(r"popc\.(b32)", "uint32_t(__builtin_popcount({a}))", one)
     _expression(r"popc\.(b64)", "uint32_t(__builtin_popcountll({a}))", one)
     _expression(r"selp\.([busf](?:16|32|64))", "({c} ? {a} : {b})", lambda m: [m[1], m[1], "pred"])
@@ -161,9 +163,15 @@ def _compare(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(target, f"{unordered} || {a} {symbols[compare[:2]]} {b}")
 
 
-@rule(r"cvta(?:\.to)?\.global\.u64|cvta\.param\.u64")
+@rule(r"cvta(?:\.to)?\.global\.u64")
 def _global_address(c: Context, m: re.Match[str], operands: list[str]) -> str:
     return c.put(operands[0], c.read(operands[1], "u64"))
+
+
+@rule(r"cvta\.param\.u64")
+def _parameter_address(c: Context, m: re.Match[str], operands: list[str]) -> str:
+    at = f"parameter_at(parameters, {c.read(operands[1], 'u64')})"
+    return c.put(operands[0], f"reinterpret_cast<uint64_t>({at})")
 
 
 @rule(r"cvta\.(to\.)?shared\.u64")
@@ -254,7 +262,7 @@ def _ballot(c: Context, m: re.Match[str], operands: list[str]) -> str:
 @rule(r"bra(?:\.uni)?")
 def _branch(c: Context, m: re.Match[str], operands: list[str]) -> str:
     (target,) = operands
-    return f"goto {target.replace('$', 'L_')};"
+    return f"goto {identifier(target)};"
 
 
 @rule(r"ret|exit")

@@ -56,8 +56,8 @@ class Context:
         if kind[0] != "f" and re.fullmatch(r"-?\d+|0x[0-9a-fA-F]+", operand):
             value = int(operand, 0) % 2**64
             return f"{cpp}({value}ull)" if kind != "pred" else ("true" if value else "false")
-        if operand in self.parameters and kind in ("b64", "u64"):
-            return f"{cpp}(reinterpret_cast<uint64_t>(parameters[{self.parameters.index(operand)}]))"
+        if operand in self.parameters and kind in ("b32", "u32", "b64", "u64"):
+            return f"{cpp}(parameter_address({self.parameters.index(operand)}))"
         if operand in self.dynamic_shared and kind in ("b32", "u32", "b64", "u64"):
             return f"{cpp}(0)"  # the block's dynamic shared memory starts at offset 0
         raise ValueError(f"operand {operand!r} as .{kind}")
@@ -108,7 +108,7 @@ class Context:
         base, offset = self.split_address(operand)
         at = offset + index * bits_of(kind) // 8
         if base in self.registers:  # the parameter's address was moved there
-            return f"load<{TYPES[kind]}>(reinterpret_cast<const uint8_t*>({self.read(base, 'u64')}) + {at}, 0)"
+            return f"load<{TYPES[kind]}>(parameter_at(parameters, {self.read(base, 'u64')} + {at}), 0)"
         if base not in self.parameters:
             raise ValueError(f"parameter {base!r}")
         return f"parameter<{TYPES[kind]}>(parameters, {self.parameters.index(base)}, {at})"

@@ -1,7 +1,8 @@
 """Reads the PTX that nvcc writes: entries, their parameters, registers and statements, each with its line."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 class PtxError(Exception):
@@ -48,6 +49,7 @@ class Entry:
     symbol: str
     parameters: tuple[str, ...]
     statements: tuple[Statement, ...]
+    max_threads: int = 0  # of a block, as the kernel says; 0 if it does not
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,35 @@ def _entry(text: str, match: re.Match[str]) -> Entry:
     if not _KNOWN_DIRECTIVES.fullmatch(match[3]):
         raise PtxError(f"line {_line(text, match.end())}: unsupported directive in {match[3].strip()!r}")
     parameters = tuple(_PARAMETER.findall(match[2]))
-    return Entry(match[1], parameters, tuple(_statements(text, match.end())))
+    statements = tuple(_with_unique_labels(_statements(text, match.end())))
+    sizes = re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", match[3])
+    return Entry(match[1], parameters, statements, math.prod(map(int, sizes[1].split(","))) if sizes else 0)
+
+
+def _with_unique_labels(statements: list[Statement]) -> list[Statement]:
+    """A label of an inner scope gets the scope's number: PTX may use its name in another scope again, C++ may not."""
+    scopes: list[tuple[int, ...]] = []  # of each statement, innermost last
+    path, count = (0,), 0
+    for statement in statements:
+        if isinstance(statement, Scope):
+            count += statement.opens
+            path = (*path, count) if statement.opens else path[:-1]
+        scopes.append(path)
+    declared = {(p[-1], s.name) for s, p in zip(statements, scopes, strict=True) if isinstance(s, Label)}
+
+    def unique(name: str, path: tuple[int, ...]) -> str:
+        scope = next((scope for scope in reversed(path) if (scope, name) in declared), 0)
+        return f"{name}$scope{scope}" if scope else name
+
+    renamed: list[Statement] = []
+    for statement, scope in zip(statements, scopes, strict=True):
+        if isinstance(statement, Label):
+            statement = Label(unique(statement.name, scope))
+        elif isinstance(statement, Instruction) and statement.opcode in ("bra", "bra.uni"):
+            targets = tuple(unique(target, scope) for target in statement.operands)
+            statement = replace(statement, operands=targets)
+        renamed.append(statement)
+    return renamed
 
 
 def _statements(text: str, position: int) -> list[Statement]:
@@ -123,7 +153,7 @@ def _statement(text: str, line: int) -> Statement:
         return Registers(_width(match[1], line), tuple(_register_names(match[2])))
     if text.startswith("."):
         raise PtxError(f"line {line}: unsupported directive {text!r}")
-    match = re.fullmatch(r"(?:@(!?%[\w$]+)\s+)?(\S+)\s*(.*)", text, re.S)
+    match = re.fullmatch(r"(?:@(!?%?[\w$]+)\s+)?(\S+)\s*(.*)", text, re.S)
     assert match
     return Instruction(line, match[1] or "", match[2], tuple(split_operands(match[3])))
 

@@ -10,11 +10,15 @@ from tests.cuda_on_cpu.ptx.parse import Entry, Instruction, Label, Module, PtxEr
 _REGISTER_TYPES = {1: "bool", 8: "uint8_t", 16: "uint16_t", 32: "uint32_t", 64: "uint64_t"}
 
 
-def translate(text: str) -> str:
-    """The C++ file for a PTX file. Raises PtxError, with the line, for anything unknown."""
+def translate(text: str, without: str = "") -> str:
+    """The C++ file for a PTX file, without the entries in whose symbol the pattern `without`, if any, is found.
+
+    Raises PtxError, with the line, for anything unknown.
+    """
     module = parse(text)
-    functions = [_function(module, entry, f"kernel_{i}") for i, entry in enumerate(module.entries)]
-    table = [f'const Registration registration_{i}("{e.symbol}", &kernel_{i});' for i, e in enumerate(module.entries)]
+    entries = [entry for entry in module.entries if not (without and re.search(without, entry.symbol))]
+    functions = [_function(module, entry, f"kernel_{i}") for i, entry in enumerate(entries)]
+    table = [f'const Registration registration_{i}("{e.symbol}", &kernel_{i});' for i, e in enumerate(entries)]
     head = '#include "ptx_semantics.h"\n\nnamespace {\nusing namespace cuda_on_cpu;\n\n'
     return head + "\n\n".join([*functions, "\n".join(table)]) + "\n}  // namespace\n"
 

@@ -23,13 +23,18 @@ struct Store {
   BoxCopy box;
   int thread;
   uint32_t group;
+  bool adds;
 };
 
-// Of one thread. Groups count from 1; group number i happens at time i of the two agents.
+void perform(const Store& store) { store.adds ? add_box(store.box) : store_box(store.box); }
+
+// Of one thread. Groups count from 1; group number i happens at time i of the two agents, which a thread that stores
+// nothing, and commits and waits with those that do, does not need.
 struct StoreGroups {
   int thread;
   uint32_t committed = 0, read = 0;
   bool open = false;  // a store since the last commit
+  bool has_agents = false;
   uint32_t reads, writes;
 };
 
@@ -53,8 +58,6 @@ StoreGroups& groups_of_thread() {
   c.groups.push_back({});
   StoreGroups& groups = c.groups.back();
   groups.thread = thread;
-  groups.reads = new_agents("a bulk store from shared memory");
-  groups.writes = new_agents("a bulk store to global memory");
   return groups;
 }
 
@@ -79,7 +82,7 @@ void perform_stores(int thread, uint32_t last_group) {
   size_t kept = 0;
   for (size_t i = 0; i < stores.size(); ++i) {
     if (stores[i].thread == thread && stores[i].group <= last_group) {
-      store_box(stores[i].box);
+      perform(stores[i]);
     } else {
       stores[kept++] = stores[i];
     }
@@ -92,6 +95,24 @@ void note_shared(const BoxCopy& box, const AsyncAccess& access) {
 }
 
 const Clock* known_to_thread() { return clocks_enabled() ? &clock_of(machine().running) : nullptr; }
+
+void store_or_add(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line, bool adds) {
+  const BoxCopy box = box_of(shared, map, start, rank);
+  if (adds && box.map.element_bytes != 4) fail("a bulk copy that adds what is not f32");
+  StoreGroups& groups = groups_of_thread();
+  if (!groups.has_agents) {
+    groups.has_agents = true;
+    groups.reads = new_agents("a bulk store from shared memory");
+    groups.writes = new_agents("a bulk store to global memory");
+  }
+  const uint32_t group = groups.committed + 1;
+  note_shared(box, {Access::read, {groups.reads, group}, known_to_thread(), line});
+  note_box_in_global(box, {Access::write, {groups.writes, group}, known_to_thread(), line});
+  groups.open = true;
+  const Store store{box, groups.thread, group, adds};
+  if (!machine().options.lazy) return perform(store);
+  copies().stores.push_back(store);
+}
 
 }  // namespace
 
@@ -127,14 +148,11 @@ void bulk_load(uint64_t shared, uint64_t map, uint64_t mbarrier, const int32_t* 
 }
 
 void bulk_store(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line) {
-  const BoxCopy box = box_of(shared, map, start, rank);
-  StoreGroups& groups = groups_of_thread();
-  const uint32_t group = groups.committed + 1;
-  note_shared(box, {Access::read, {groups.reads, group}, known_to_thread(), line});
-  note_box_in_global(box, {Access::write, {groups.writes, group}, known_to_thread(), line});
-  groups.open = true;
-  if (!machine().options.lazy) return store_box(box);
-  copies().stores.push_back({box, groups.thread, group});
+  store_or_add(map, shared, start, rank, line, false);
+}
+
+void bulk_add(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line) {
+  store_or_add(map, shared, start, rank, line, true);
 }
 
 void bulk_commit_group() {
@@ -148,7 +166,7 @@ void bulk_wait_group(uint32_t pending, bool read_only) {
   const uint32_t done = groups.committed - std::min(groups.committed, pending);
   perform_stores(groups.thread, done);
   groups.read = std::max(groups.read, done);
-  if (!clocks_enabled()) return;
+  if (!clocks_enabled() || !groups.has_agents) return;
   Clock& clock = clock_of(groups.thread);
   clock[groups.reads] = std::max(clock[groups.reads], done);
   if (!read_only) clock[groups.writes] = std::max(clock[groups.writes], done);

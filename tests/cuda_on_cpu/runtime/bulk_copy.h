@@ -12,6 +12,9 @@ void finish_block_copies();
 // cp.async.bulk.tensor; `start` has as many coordinates as the map has dimensions.
 void bulk_load(uint64_t shared, uint64_t map, uint64_t mbarrier, const int32_t* start, int rank, int line);
 void bulk_store(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line);
+// cp.reduce.async.bulk.tensor.add of f32. Another access to the same place races with it: sums must not depend on
+// order.
+void bulk_add(uint64_t map, uint64_t shared, const int32_t* start, int rank, int line);
 
 void bulk_commit_group();
 // cp.async.bulk.wait_group(.read): all but the latest `pending` groups of the current thread.

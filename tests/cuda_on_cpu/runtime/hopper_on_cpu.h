@@ -39,6 +39,10 @@ inline void store_tile(const CUtensorMap* map, const void* from, int32_t x, int3
   const int32_t start[] = {x, y};
   cuda_on_cpu::bulk_store(reinterpret_cast<uint64_t>(map), shared_address(from), start, 2, 0);
 }
+inline void add_tile(const CUtensorMap* map, const void* from, int32_t x, int32_t y) {
+  const int32_t start[] = {x, y};
+  cuda_on_cpu::bulk_add(reinterpret_cast<uint64_t>(map), shared_address(from), start, 2, 0);
+}
 inline void commit_stores() { cuda_on_cpu::bulk_commit_group(); }
 template <int kPending>
 void wait_for_stores_to_read() {

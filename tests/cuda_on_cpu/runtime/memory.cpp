@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "counts.h"
 #include "executor.h"
 
 namespace cuda_on_cpu {
@@ -254,6 +255,8 @@ uint8_t* global_memory(uint64_t address, size_t bytes, Access access, int line) 
   Place& place = find_buffer(address, bytes, access, line);
   check_alignment(address, bytes, access, line, place.name);
   if (place.writable) record(place, address - place.address, bytes, current_actor(access, line));
+  if (access != Access::write) counts().loaded_bytes += bytes;
+  if (access == Access::write || access == Access::atomic) counts().stored_bytes += bytes;
   return reinterpret_cast<uint8_t*>(address);
 }
 
@@ -280,6 +283,7 @@ void async_global(uint64_t address, size_t bytes, const AsyncAccess& access) {
   if (!clocks_enabled()) return;
   Place& place = find_buffer(address, bytes, access.access, access.line);
   if (place.writable) record(place, address - place.address, bytes, async_actor(access));
+  (access.access == Access::write ? counts().bulk_stored_bytes : counts().bulk_loaded_bytes) += bytes;
 }
 
 void reserve_for_mbarrier(uint64_t offset, bool reserved) {

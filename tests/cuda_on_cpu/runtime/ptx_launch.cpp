@@ -5,6 +5,7 @@
 
 #include <map>
 
+#include "counts.h"
 #include "memory.h"
 #include "ptx_semantics.h"
 
@@ -55,6 +56,7 @@ void run_ptx_symbol(const std::string& symbol, dim3 grid, dim3 block, size_t sha
   if (found == table().end()) throw Error("no PTX was translated for " + readable(symbol));
   options().use_ptx = true;
   start_launch_memory();
+  start_launch_counts(symbol, grid, block, shared_bytes);
   PtxCall call{found->second, parameters};
   run_grid(readable(symbol), grid, block, shared_bytes, &PtxCall::run, &call);
 }

@@ -52,6 +52,17 @@ using Unsigned = std::make_unsigned_t<T>;
 
 // ---- integers: two's complement, modulo 2^width
 
+// prmt: each nibble of the selector names one of the eight bytes, or, with its high bit, that byte's sign in all bits.
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> 4 * i & 15, byte = uint32_t(bytes >> 8 * (nibble & 7)) & 255;
+    result |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return result;
+}
+
 // Narrow types promote to int, whose overflow C++ does not define: wide enough and unsigned.
 template <class T>
 T wrap_mul(T a, T b) {
@@ -90,6 +101,22 @@ T bit_field_insert(T field, T into, uint32_t position, uint32_t length) {
   if (position >= 8 * sizeof(T) || length == 0) return into;
   const T mask = T(length >= 8 * sizeof(T) ? ~T(0) : (T(1) << length) - 1) << position;
   return T((into & ~mask) | (field << position & mask));
+}
+// What lies beyond the field or the register is filled by the field's last bit if T is signed, else with zeros.
+template <class T>
+T bit_field_extract(T from, uint32_t position, uint32_t length) {
+  constexpr uint32_t kBits = 8 * sizeof(T);
+  position &= 0xff;
+  length &= 0xff;
+  if (length == 0) return 0;
+  const auto bit = [from](uint32_t i) { return Unsigned<T>(from) >> i & 1; };
+  const bool sign = std::is_signed_v<T> && bit(std::min(position + length, kBits) - 1);
+  Unsigned<T> field = 0;
+  for (uint32_t i = 0; i < kBits; ++i) {
+    const bool inside = i < length && position + i < kBits;
+    field |= Unsigned<T>(inside ? bit(position + i) : sign) << i;
+  }
+  return T(field);
 }
 
 // ---- floating point
@@ -218,6 +245,14 @@ struct Registration {
 template <class T>
 T parameter(void* const* parameters, int index, size_t offset) {
   return load<T>(static_cast<const uint8_t*>(parameters[index]) + offset, 0);
+}
+
+// Addresses in the state space of parameters: a window of 4 KB, the most that a kernel may have, for each parameter.
+constexpr uint64_t kParameterWindow = 4096;
+
+constexpr uint64_t parameter_address(int index) { return uint64_t(index) * kParameterWindow; }
+inline const uint8_t* parameter_at(void* const* parameters, uint64_t address) {
+  return static_cast<const uint8_t*>(parameters[address / kParameterWindow]) + address % kParameterWindow;
 }
 
 }  // namespace cuda_on_cpu

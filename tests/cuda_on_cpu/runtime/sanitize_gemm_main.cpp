@@ -57,10 +57,20 @@ bool run() {
   right &= all_are(out, 0, kRows * kColumns, float(kDepth));
   const auto grads = filled(kExperts * kDepth * kColumns, 0.0f);
   const auto x = filled(kRows * kColumns, kBf16One);
-  cuda::gemm_bf16_weight_grads({a.get(), x.get(), kOffsets, grads.get(), kRows, kDepth, kColumns, kExperts, DType::f32},
-                               nullptr);
-  right &= all_are(grads, 0, kDepth * kColumns, 20.0f);
-  return right && all_are(grads, kDepth * kColumns, 2 * kDepth * kColumns, float(kRows - 20));
+  const int64_t one = kDepth * kColumns;
+  for (const bool accumulate : {false, true}) {
+    cuda::gemm_bf16_weight_grads(
+        {a.get(), x.get(), kOffsets, grads.get(), kRows, kDepth, kColumns, kExperts, accumulate, DType::f32}, nullptr);
+    right &= all_are(grads, 0, one, accumulate ? 40.0f : 20.0f);
+    right &= all_are(grads, one, 2 * one, float(kRows - 20) * (accumulate ? 2.0f : 1.0f));
+  }
+  const int64_t rows = 144;  // of both experts: 128 and 16
+  const int32_t offsets[] = {0, 128, 144};
+  const auto scales = filled(rows * 2, 0.5f);
+  cuda::gemm_fp8_weight_grads({a8.get(), b8.get(), a_scales.get(), scales.get(), offsets, grads.get(), rows, kDepth,
+                               kColumns, kExperts, false, DType::f32},
+                              nullptr);
+  return right && all_are(grads, 0, one, 128.0f) && all_are(grads, one, 2 * one, 16.0f);
 }
 
 }  // namespace

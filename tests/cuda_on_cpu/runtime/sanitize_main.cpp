@@ -7,6 +7,7 @@
 
 #include "dispatch/api.h"
 #include "executor.h"
+#include "fp8_quantize/api.h"
 #include "plan_dispatch/api.h"
 #include "pool_temporal_patches/api.h"
 #include "route_tokens/api.h"
@@ -43,6 +44,17 @@ bool run_pooling(int64_t dim) {
   return right;
 }
 
+// Transposed twice, tiles are what they were.
+bool run_transpose(int64_t rows, int64_t cols) {
+  std::vector<uint8_t> values(2 * rows * cols), turned(values.size()), again(values.size());
+  for (size_t i = 0; i < values.size(); ++i) values[i] = uint8_t(i * 31);
+  const auto scales = waves(2 * fp8_tiles(rows) * fp8_tiles(cols));
+  auto turned_scales = scales, scales_again = scales;
+  cuda::transpose_fp8({values.data(), scales.data(), turned.data(), turned_scales.data(), 2, rows, cols}, nullptr);
+  cuda::transpose_fp8({turned.data(), turned_scales.data(), again.data(), scales_again.data(), 2, cols, rows}, nullptr);
+  return again == values && scales_again == scales && turned[size_t(rows)] == values[1];
+}
+
 bool run(const Sizes& s) {
   const int64_t rows = s.tokens * s.top_k;
   const auto logits = waves(s.tokens * s.experts), bias = waves(s.experts), x = waves(s.tokens * s.dim);
@@ -69,6 +81,10 @@ bool run(const Sizes& s) {
   const auto gate_up = waves(2 * rows * s.width);
   cuda::swiglu({gate_up.data(), act.data(), rows, s.width, DType::f32}, nullptr);
   cuda::swiglu_backward({act.data(), gate_up.data(), grad_gate_up.data(), rows, s.width, DType::f32}, nullptr);
+  std::vector<float> weighted_grad(grad_gate_up.size()), weighted_act(act.size()), act_weights(rows);
+  cuda::weighted_swiglu_backward({act.data(), gate_up.data(), weights.data(), slot_of_row.data(), weighted_grad.data(),
+                                  weighted_act.data(), act_weights.data(), rows, s.width, DType::f32},
+                                 nullptr);
 
   bool right = std::accumulate(counts.begin(), counts.end(), 0) == rows && offsets[s.experts] == rows;
   for (size_t i = 0; i < out.size(); ++i) right &= std::abs(out[i] - float(s.top_k) * x[i]) < 1e-4f;
@@ -83,7 +99,7 @@ int main() {
     cuda_on_cpu::options() = {order, 1, false, false};
     for (const Sizes& s : sizes) {
       try {
-        if (run(s) && run_pooling(s.dim)) continue;
+        if (run(s) && run_pooling(s.dim) && run_transpose(4 * s.dim, 132) && run_transpose(s.width, 131)) continue;
         std::fprintf(stderr, "wrong result\n");
       } catch (const cuda_on_cpu::Error& error) {
         std::fprintf(stderr, "%s\n", error.what());

@@ -110,6 +110,21 @@ void store_box(const BoxCopy& copy) {
   });
 }
 
+void add_box(const BoxCopy& copy) {
+  for_each_row(copy, [&](uint64_t offset, uint64_t address, uint64_t before, uint64_t bytes) {
+    auto* global = reinterpret_cast<uint8_t*>(address);
+    copy_units(copy, offset + before, bytes, [global](const uint8_t* shared, uint64_t done, uint64_t length) {
+      for (uint64_t i = 0; i < length; i += sizeof(float)) {
+        float sum, value;
+        std::memcpy(&sum, global + done + i, sizeof(float));
+        std::memcpy(&value, shared + i, sizeof(float));
+        sum += value;
+        std::memcpy(global + done + i, &sum, sizeof(float));
+      }
+    });
+  });
+}
+
 void note_box_in_global(const BoxCopy& copy, const AsyncAccess& access) {
   for_each_row(copy, [&](uint64_t, uint64_t address, uint64_t, uint64_t bytes) {
     if (bytes) async_global(address, bytes, access);

@@ -41,6 +41,7 @@ struct BoxCopy {
 void check_box(const BoxCopy& copy);
 void load_box(const BoxCopy& copy);   // to shared memory, with zeros outside the tensor
 void store_box(const BoxCopy& copy);  // from shared memory, without what lies outside the tensor
+void add_box(const BoxCopy& copy);    // the same, f32, added to what the tensor holds
 // Checks and notes the accesses to global memory that the copy makes.
 void note_box_in_global(const BoxCopy& copy, const AsyncAccess& access);
 

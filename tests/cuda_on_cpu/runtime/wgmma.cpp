@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "counts.h"
 #include "cuda_on_cpu.h"
 #include "machine.h"
 #include "memory.h"
@@ -255,6 +256,8 @@ void issue(Warpgroup& w, int line) {
     }
   }
   for_each_register(op, [](float* target, float& before) { before = *target; });
+  const bool bf16 = op.shape.type == MmaType::bf16;
+  (bf16 ? counts().bf16_flop : counts().e4m3_flop) += 2ull * kRows * uint64_t(op.shape.n) * (bf16 ? 16 : 32);
   if (!machine().options.lazy) {
     perform(op);
     return;
