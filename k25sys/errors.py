@@ -33,6 +33,10 @@ class ExtensionMissingError(ImportError):
     """The native extension k25sys._C was not built or cannot be loaded."""
 
 
+class CheckpointError(ValueError):
+    """A file of a checkpoint is missing, extra, truncated or altered, or its tensors are not those of the model."""
+
+
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:
     """The text of every argument error: op, argument, what was got, what is accepted, what to do."""
     return f"{op}: {argument}: got {got}, accepted {accepted}" + (f"; {hint}" if hint else "")
