@@ -29,6 +29,14 @@ class BackendError(ValueError):
     """A backend is unknown, or not available here."""
 
 
+class ConfigError(ValueError):
+    """A field of a model's configuration is missing, unknown, or contradicts another."""
+
+
+class MediaCountError(ValueError):
+    """The media_pad positions of the tokens are not as many as the rows that the media encode to."""
+
+
 class ExtensionMissingError(ImportError):
     """The native extension k25sys._C was not built or cannot be loaded."""
 
