@@ -68,7 +68,7 @@ def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.b
 
     Args:
         packed: (O, I / 8) int32 of `pack_int4`.
-        scales: (O, I / 32) bfloat16, or another float.
+        scales: (O, I / 32) bfloat16.
 
     Returns:
         (O, I) of `dtype`.
@@ -123,7 +123,7 @@ def quantize_int4(weight_OI: Tensor, scale_rule: str = "amax/7") -> tuple[Tensor
 @dataclass(frozen=True, kw_only=True)
 class OddGroups:
     """Groups of one expert matrix that its weights do not tell: numbers row * G + g (N,) int64, codes packed (N, 4)
-    int32, scales (N,) of the file's dtype."""
+    int32, scales (N,) bfloat16."""
 
     numbers: Tensor
     packed: Tensor
@@ -186,7 +186,7 @@ def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 break
             scale = ((largest[left] / code).to(torch.bfloat16).view(torch.int16) + step).view(torch.bfloat16)
             wide = scale.float().unsqueeze(1)
-            guess = (values[left] / wide).round()
+            guess = (values[left] / wide).round() + 0.0  # code 0 has no sign
             fits = (_bits((guess * wide).to(groups.dtype)) == _bits(groups[left])).all(1)
             fits &= (guess >= -8).all(1) & (guess <= 7).all(1)
             found = left[fits]
