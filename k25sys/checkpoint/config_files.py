@@ -138,9 +138,6 @@ def _released_vision(config: KimiK25Config, vision: VisionConfig) -> dict[str, A
     if vision.rope_theta != _ROPE_THETA:
         fields["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.rope_theta}
     top = {
-        "bos_token_id": config.tokens.bos,
-        "eos_token_id": config.tokens.eos,
-        "pad_token_id": config.tokens.pad,
         "media_placeholder_token_id": config.tokens.media_pad,
         "use_unified_vision_chunk": True,
         "ignore_index": -100,
