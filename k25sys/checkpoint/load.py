@@ -15,7 +15,8 @@ from k25sys.checkpoint.store import MANIFEST, verify_manifest
 def load_hf(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
     """Loads the released layout (experts packed or whole), transformers' state dict, or what its save_pretrained gives.
 
-    Reads tensor by tensor with one file open at a time: beside the model there is never more than one file in memory.
+    Reads tensor by tensor, file after file: beside the model there is never more in memory than one tensor, or one file
+    where experts are stacked.
     Values are converted to the dtype of the model's tensors. Where experts were in INT4, `model.int4_origin` is set, a
     few bytes with which `save_hf` can write the same codes and scales again.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from k25sys.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_OPEN_FILES = 16
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -35,7 +37,11 @@ class Entry:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, found by reading the headers of its files. At most one file is open at a time."""
+    """The tensors of a folder, found by reading the headers of its files.
+
+    Whole tensors are read into memory of their own, so that a file costs nothing but what is being read of it. Parts of
+    a tensor are views of a mapped file, one file at a time.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Reads the index, or the one file there is, and every header.
@@ -50,8 +56,8 @@ class SafetensorsFolder:
         index = self.folder / INDEX
         expected = _read_index(index) if index.exists() else None
         files = sorted(set(expected.values())) if expected is not None else [_single_file(self.folder)]
-        self._open_name: str | None = None
-        self._open: Any = None
+        self._read: OrderedDict[str, Any] = OrderedDict()
+        self._mapped: tuple[str, Any] | None = None
         self.entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in self._header(file):
@@ -71,35 +77,45 @@ class SafetensorsFolder:
         self.close()
 
     def close(self) -> None:
-        """Closes the open file; reading opens it again."""
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-        self._open, self._open_name = None, None
+        """Closes the open files; reading opens them again."""
+        while self._read:
+            _close(self._read.popitem()[1])
+        if self._mapped is not None:
+            _close(self._mapped[1])
+            self._mapped = None
 
     def read(self, name: str, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or matrix `expert` of it, or rows [start, stop) of that. It may be a view of the mapped file, which
+        """A tensor, or matrix `expert` of it, or rows [start, stop) of that. A part is a view of the mapped file, which
         stays mapped as long as the view lives: copy it, do not keep it.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
-        entry = self.entries[name]
+        file = self.entries[name].file
         try:
-            handle = self._handle(entry.file)
             if expert is None and rows is None:
-                return handle.get_tensor(name)
-            view = handle.get_slice(name)
+                return self._reader(file).get_tensor(name)
+            view = self._map(file).get_slice(name)
             within = slice(None) if rows is None else slice(*rows)
             return view[within] if expert is None else view[expert, within]
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / entry.file}: {name} cannot be read: {error}") from error
+            raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from error
 
-    def _handle(self, file: str) -> Any:
-        if self._open_name != file:
-            self.close()
-            self._open = safe_open(str(self.folder / file), framework="pt")
-            self._open_name = file
-        return self._open
+    def _reader(self, file: str) -> Any:
+        """The parts of an expert may lie in different files, so that some stay open."""
+        if file not in self._read:
+            if len(self._read) == _OPEN_FILES:
+                _close(self._read.popitem(last=False)[1])
+            self._read[file] = safe_open(str(self.folder / file), framework="pt", backend="pread")
+        self._read.move_to_end(file)
+        return self._read[file]
+
+    def _map(self, file: str) -> Any:
+        if self._mapped is None or self._mapped[0] != file:
+            if self._mapped is not None:
+                _close(self._mapped[1])
+            self._mapped = file, safe_open(str(self.folder / file), framework="pt")
+        return self._mapped[1]
 
     def _header(self, file: str) -> Iterable[tuple[str, Entry]]:
         path = self.folder / file
@@ -113,6 +129,10 @@ class SafetensorsFolder:
                     yield name, Entry(file=file, shape=tuple(view.get_shape()), dtype=DTYPES.get(word, word))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated, altered, or not a safetensors file: {error}") from error
+
+
+def _close(handle: Any) -> None:
+    handle.__exit__(None, None, None)
 
 
 def _single_file(folder: Path) -> str:
@@ -204,7 +224,11 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        save_file(self._waiting, str(self._folder / _partial(len(self._shards))), metadata={"format": "pt"})
+        path = self._folder / _partial(len(self._shards))
+        try:
+            save_file(self._waiting, str(path), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
         self._shards.append(list(self._waiting))
         self._waiting, self._waiting_bytes = {}, 0
 

@@ -64,6 +64,11 @@ class FolderSource:
             if name in self._stored:
                 self._problems["extra"].append(f"{stored} (is {self._stored[name]} again)")
             self._stored.setdefault(name, stored)
+        num_layers = config.text.num_hidden_layers + (0 if config.vision is None else config.vision.num_hidden_layers)
+        if num_layers > len(files.entries):  # a config that is no config may ask for billions
+            raise CheckpointError(
+                f"{files.folder}: {len(files.entries)} tensors cannot be those of {num_layers} layers"
+            )
         self._shapes = released_shapes(config)
         for name, shape in self._shapes.items():
             self._find(name, shape)

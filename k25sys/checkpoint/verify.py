@@ -38,6 +38,10 @@ def verify_folder(folder: str | os.PathLike[str]) -> str:
     with SafetensorsFolder(folder) as tensors:
         source = FolderSource(tensors, config)
         _check_dtypes(folder, described, source)
+        used = {entry.file for entry in tensors.entries.values()}
+        stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
+        if stray:
+            raise CheckpointError(f"{folder}: extra: not in the index: {listing(stray)}")
         count = len(tensors.entries)
     return f"no {MANIFEST}: {count} tensors have the names, shapes and dtypes of {CONFIG}; their numbers are unchecked"
 
