@@ -1,5 +1,7 @@
 """One exception class per fault, each a TypeError or a ValueError, so that callers may catch either kind."""
 
+from collections.abc import Iterable
+
 
 class ArgumentTypeError(TypeError):
     """An argument is not of the Python type that the op takes (a list for a tensor, a float for a count)."""
@@ -48,3 +50,10 @@ class CheckpointError(ValueError):
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:
     """The text of every argument error: op, argument, what was got, what is accepted, what to do."""
     return f"{op}: {argument}: got {got}, accepted {accepted}" + (f"; {hint}" if hint else "")
+
+
+def listing(items: Iterable[str], *, most: int = 10, separator: str = ", ") -> str:
+    """The first `most` of `items`, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])

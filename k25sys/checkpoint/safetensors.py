@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from k25sys.errors import CheckpointError
+from k25sys.errors import CheckpointError, listing
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -162,12 +162,6 @@ def _compare_with_index(path: Path, expected: dict[str, str], found: dict[str, s
     unlisted = [f"{name} ({file} holds it, the index does not)" for name, file in found.items() if name not in expected]
     if absent or unlisted:
         raise CheckpointError(f"{path}: disagrees with the files: {listing(absent + unlisted)}")
-
-
-def listing(items: Iterable[str], most: int = 10) -> str:
-    """The first of `items`, and how many more there are."""
-    items = list(items)
-    return ", ".join(items[:most]) + (f", and {len(items) - most} more" if len(items) > most else "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

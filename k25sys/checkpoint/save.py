@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from k25sys.checkpoint.config_files import LAYOUTS, config_json
 from k25sys.checkpoint.int4 import GROUP, check_scale_rule, quantize_int4
-from k25sys.checkpoint.safetensors import ShardWriter, listing
+from k25sys.checkpoint.safetensors import ShardWriter
 from k25sys.checkpoint.sources import FLOATS, ModelSource, Source
 from k25sys.checkpoint.store import publish
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, DTypeError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, CheckpointError, DTypeError, listing, message
 from k25sys.models.config import KimiK25Config
 from k25sys.models.key_maps import (
     Piece,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from k25sys.checkpoint.int4 import CODES_PER_WORD, GROUP, Int4Origin, dequantize_int4
-from k25sys.checkpoint.safetensors import SafetensorsFolder, listing
-from k25sys.errors import ArgumentTypeError, CheckpointError, DeviceError, message
+from k25sys.checkpoint.safetensors import SafetensorsFolder
+from k25sys.errors import ArgumentTypeError, CheckpointError, DeviceError, listing, message
 from k25sys.models.config import KimiK25Config
 from k25sys.models.key_maps import (
     Piece,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from k25sys.errors import CheckpointError
+from k25sys.errors import CheckpointError, listing
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 20
@@ -97,18 +97,19 @@ def verify_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(folder)
     manifest = read_manifest(folder)
     files = manifest["files"]
-    present = _paths(folder)
+    present = set(_paths(folder))
     problems = {name: "missing" for name in files if name not in present}
-    problems |= {name: "extra: not in the manifest" for name in present if name not in files and name != MANIFEST}
+    problems |= {name: "extra: not in the manifest" for name in present - {MANIFEST, *files}}
     regular = [name for name in files if name in present and (folder / name).is_file()]
-    problems |= {name: "not a regular file" for name in files if name in present and name not in regular}
+    problems |= {name: "not a regular file" for name in (present & files.keys()).difference(regular)}
     for name, found in _describe(folder, regular).items():
         if found["bytes"] != files[name]["bytes"]:
             problems[name] = f"{found['bytes']} bytes, written were {files[name]['bytes']}"
         elif found["sha256"] != files[name]["sha256"]:
             problems[name] = "altered: its sha256 is not that of the manifest"
     if problems:
-        raise CheckpointError("; ".join(f"{folder / name}: {problem}" for name, problem in sorted(problems.items())))
+        found = [f"{folder / name}: {problem}" for name, problem in sorted(problems.items())]
+        raise CheckpointError(listing(found, separator="; "))
     return manifest
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from k25sys.checkpoint.safetensors import SafetensorsFolder, listing, read_json
+from k25sys.checkpoint.safetensors import SafetensorsFolder, read_json
 from k25sys.checkpoint.save import CONFIG
 from k25sys.checkpoint.sources import FolderSource
 from k25sys.checkpoint.store import MANIFEST, verify_manifest
-from k25sys.errors import CheckpointError
+from k25sys.errors import CheckpointError, listing
 from k25sys.models.config import KimiK25Config
 from k25sys.models.key_maps import is_expert, is_router_bias, released_shapes
 
@@ -51,14 +51,14 @@ def _check_dtypes(folder: Path, described: dict[str, object], source: FolderSour
     text = described["text_config"]
     assert isinstance(text, dict)  # from_hf_config has read it
     words = (described.get("dtype"), described.get("torch_dtype"), text.get("dtype"), text.get("torch_dtype"))
-    word = next((word for word in words if isinstance(word, str)), None)
+    said = [word for word in words if isinstance(word, str) and isinstance(getattr(torch, word, None), torch.dtype)]
     packed = "quantization_config" in described or "quantization_config" in text
     wrong = []
     for name in released_shapes(source.config):
         if is_expert(name) and source.is_packed(name) != packed:
             wrong.append(f"{name} (got {'whole' if packed else 'packed'}, {CONFIG} says otherwise)")
-        elif word is not None and source.dtype(name) not in (getattr(torch, word, None), _kept(name)):
-            wrong.append(f"{name} (got {source.dtype(name)}, {CONFIG} says {word})")
+        elif said and source.dtype(name) not in (getattr(torch, said[0]), _kept(name)):
+            wrong.append(f"{name} (got {source.dtype(name)}, {CONFIG} says {said[0]})")
     if wrong:
         raise CheckpointError(f"{folder}: {len(wrong)} mis-typed: {listing(wrong)}")
 

@@ -90,14 +90,12 @@ def test_any_codes_and_scales_come_back(matrix: tuple[Tensor, Tensor], dtype: to
     packed = pack_int4(codes)
     weight = dequantize_int4(packed, scales, dtype)
     exact = codes.view(-1, 32).double() * scales.view(-1, 1).double()
-    torch.testing.assert_close(weight.double(), exact.to(dtype).double().view(codes.shape), equal_nan=True, **EXACT)
+    rounded = exact.to(dtype).double().view(codes.shape)
+    torch.testing.assert_close(weight.double(), rounded, rtol=0.0, atol=0.0, equal_nan=True)
     origin = Int4Origin()
     origin.remember("w", weight, packed, scales)
     assert_codes(origin, weight, packed, scales)
     assert origin.codes_of("another", weight) is None
-
-
-EXACT = {"rtol": 0.0, "atol": 0.0}
 
 
 def assert_codes(origin: Int4Origin, weight: Tensor, packed: Tensor, scales: Tensor) -> None:

@@ -30,17 +30,16 @@ GATE_UP = "language_model.model.layers.1.mlp.experts.gate_up_proj"
 
 
 def new_model(config: KimiK25Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> KimiK25:
-    """Every number random, biases and gains too; the router's bias stays float32."""
-    model = KimiK25(config).to(dtype)
+    """Every number random, biases and gains too."""
+    model = KimiK25(config).to(dtype).eval()
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("e_score_correction_bias"):
-                owner = model.get_submodule(name.rpartition(".")[0])
-                owner.e_score_correction_bias = torch.randn(tensor.shape, generator=generator) * 0.1
-            else:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05 + (tensor.dim() == 1))
-    return model.eval()
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05 + (tensor.dim() == 1))
 
 
 def copy_of(model: nn.Module) -> dict[str, Tensor]:
@@ -95,10 +94,7 @@ def their_config(config: KimiK25Config) -> Any:
 def their_model(config: KimiK25Config) -> Any:
     """transformers' model with random numbers everywhere."""
     theirs = transformers.Kimi_K25ForConditionalGeneration(their_config(config)).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for tensor in theirs.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.05 + (tensor.dim() == 1))
+    randomise(theirs, seed=3)
     return theirs
 
 
