@@ -58,11 +58,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, c
     if value_dim < q.shape[-1]:
         v = _pad_values(q, v)
     if len(set(lengths)) == 1:
-        groups = [[x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v)]]
+        groups = [tuple(x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))]
     else:
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        groups = [[x[None].transpose(1, 2) for x in part] for part in parts]
-    attended = [F.scaled_dot_product_attention(*group, is_causal=causal, scale=scale) for group in groups]
+        groups = [tuple(x[None].transpose(1, 2) for x in part) for part in parts]
+    attended = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale) for query, key, value in groups
+    ]
     return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in attended])[..., :value_dim]
 
 
