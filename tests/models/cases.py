@@ -42,6 +42,7 @@ class ModelCase:
     length: int
     clips: tuple[tuple[int, int, int], ...]
     seed: int
+    positions: int = 512
 
     def hf_config(self) -> Kimi_K25Config:
         """The config of the model in transformers."""
@@ -58,7 +59,7 @@ class ModelCase:
             "qk_rope_head_dim": self.rope, "v_head_dim": self.value, "n_routed_experts": self.experts,
             "num_experts_per_tok": self.top_k, "n_shared_experts": self.shared, "n_group": 1, "topk_group": 1,
             "first_k_dense_replace": self.dense_layers, "routed_scaling_factor": 1.7, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 512, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2,
+            "max_position_embeddings": self.positions, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
         vision = {
             "hidden_size": self.vision_heads * self.vision_head_dim, "intermediate_size": 36,

@@ -1,5 +1,6 @@
 """Configurations: presets, config.json in both naming schemes, and what is refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -51,11 +52,10 @@ RELEASED: dict[str, Any] = {
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """RELEASED with one field set, or removed where `value` is `...`."""
-    config = {key: dict(field) if isinstance(field, dict) else field for key, field in RELEASED.items()}
+    config = copy.deepcopy(RELEASED)
     *sections, name = path.split(".")
     fields = config
     for section in sections:
-        fields[section] = dict(fields[section])
         fields = fields[section]
     if value is ...:
         del fields[name]
