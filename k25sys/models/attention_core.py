@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from k25sys.errors import BackendError, message
 from k25sys.models.documents import Documents
@@ -58,36 +59,27 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, c
     if value_dim < q.shape[-1]:
         v = _pad_values(q, v)
     if len(set(lengths)) == 1:
-        groups = [[x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v)]]
+        groups = [tuple(x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))]
     else:
         parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        groups = [[x[None].transpose(1, 2) for x in part] for part in parts]
-    attended = [F.scaled_dot_product_attention(*group, is_causal=causal, scale=scale) for group in groups]
+        groups = [tuple(x[None].transpose(1, 2) for x in part) for part in parts]
+    attended = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale) for query, key, value in groups
+    ]
     return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in attended])[..., :value_dim]
 
 
 @cache
 def _compiled_flex_attention() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention, dynamic=True)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, causal: bool) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         hint = "use 'sdpa' to train on the CPU"
         raise BackendError(message("attention", "implementation", "'flex' with a gradient on cpu", "'sdpa'", hint))
-    index_T = documents.index_T
-
-    def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        same = index_T[row] == index_T[column]
-        return same & (row >= column) if causal else same
-
-    num_rows = q.shape[0]
-    mask = create_block_mask(visible, None, None, num_rows, num_rows, device=q.device)
+    mask = documents.causal_mask if causal else documents.full_mask
     attend: Callable[..., Any] = flex_attention if on_cpu else _compiled_flex_attention()
     query, key, value = (x[None].transpose(1, 2) for x in (q, k, v))
     return attend(query, key, value, block_mask=mask, scale=scale)[0].transpose(0, 1)
@@ -120,13 +112,13 @@ def max_softmax_logits(
     S_h of QK-Clip (Kimi K2, algorithm 1). Tiles of 512 x 512 scores are held at a time. -inf without rows.
     """
     largest_H = q_THQ.new_full((q_THQ.shape[1],), float("-inf"), dtype=torch.float32)
-    q_HTQ, k_HTQ = (x.float().transpose(0, 1) for x in (q_THQ, k_THQ))
+    q_HTQ, k_HTQ = (x.transpose(0, 1) for x in (q_THQ, k_THQ))
     for begin, end in documents.bounds:
         for row in range(begin, end, _TILE):
             rows_end = min(row + _TILE, end)
             for column in range(begin, rows_end if causal else end, _TILE):
                 columns_end = min(column + _TILE, end)
-                scores = q_HTQ[:, row:rows_end] @ k_HTQ[:, column:columns_end].mT
+                scores = q_HTQ[:, row:rows_end].float() @ k_HTQ[:, column:columns_end].float().mT
                 if causal and columns_end > row + 1:
                     future = scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(row - column + 1)
                     scores = scores.masked_fill_(future, float("-inf"))

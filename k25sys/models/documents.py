@@ -1,12 +1,14 @@
 """How rows divide into documents (of packed tokens) or clips (of patches): a row attends within its own only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
 
@@ -73,6 +75,24 @@ class Documents:
     def positions_T(self) -> Tensor:
         """(T,) int64: the place of each row in its document."""
         return torch.arange(self.num_rows, device=self.device) - self.cu_seqlens[self.index_T].long()
+
+    @cached_property
+    def causal_mask(self) -> Any:
+        """FlexAttention's BlockMask: a row sees itself and what comes before it in its document."""
+        index_T = self.index_T
+        return self._block_mask(lambda _b, _h, row, column: (index_T[row] == index_T[column]) & (row >= column))
+
+    @cached_property
+    def full_mask(self) -> Any:
+        """FlexAttention's BlockMask: a row sees all of its document."""
+        index_T = self.index_T
+        return self._block_mask(lambda _b, _h, row, column: index_T[row] == index_T[column])
+
+    def _block_mask(self, visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Any:
+        make = create_block_mask
+        if self.device.type == "cuda":
+            make = torch.compile(create_block_mask, dynamic=True)  # eager, it would hold T x T booleans
+        return make(visible, None, None, self.num_rows, self.num_rows, device=self.device)
 
     @property
     def bounds(self) -> list[tuple[int, int]]:

@@ -44,7 +44,8 @@ def generate(
     """Samples continuations of all prompts together; their lengths may differ.
 
     The prompts are computed once, packed without padding, however many samples follow each: the samples of a prompt
-    share its cache. A sample that has ended takes no further part.
+    share its cache. A sample that has ended takes no further part. media_pad is never sampled from a model with
+    vision.
 
     Args:
         model: gradients are not recorded; training continues from it unchanged.
@@ -75,7 +76,7 @@ def generate(
     samples = [Sample([], []) for _ in range(len(ids) * num_samples)]
     for step in range(1, max_new_tokens + 1):
         logits_AV = logits_AV.to(torch.promote_types(logits_AV.dtype, torch.float32))
-        tokens_A = _choose(logits_AV, temperature, top_p, generator)
+        tokens_A = _choose(_without_media(model, logits_AV), temperature, top_p, generator)
         logprobs_A = logits_AV.log_softmax(-1).gather(1, tokens_A[:, None])[:, 0]
         tokens = tokens_A.tolist()
         for row, token, logprob in zip(cache.rows_A.tolist(), tokens, logprobs_A.tolist(), strict=True):
@@ -115,12 +116,21 @@ def _read_prompts(
     return cache, model.language_model.lm_head(last_PD).repeat_interleave(num_samples, 0)
 
 
+def _without_media(model: KimiK25, logits_AV: Tensor) -> Tensor:
+    """-inf for media_pad: it stands for pixels, and a forward over the sample would ask for them."""
+    media_pad = model.config.tokens.media_pad
+    if model.config.vision is None or media_pad is None:
+        return logits_AV
+    return logits_AV.index_fill(1, torch.tensor([media_pad], device=logits_AV.device), float("-inf"))
+
+
 def _choose(logits_AV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """(A,) int64: a token of each row."""
     if temperature == 0:
         return logits_AV.argmax(-1)
-    # The largest logit is taken off first, so that a small temperature cannot overflow.
-    probabilities_AV = ((logits_AV - logits_AV.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    # The largest logit is taken off first, and the divisor kept above float32's zero: small temperatures stay finite.
+    divisor = max(temperature, torch.finfo(torch.float32).tiny)
+    probabilities_AV = ((logits_AV - logits_AV.amax(-1, keepdim=True)) / divisor).softmax(-1)
     if top_p < 1:
         falling_AV, order_AV = probabilities_AV.sort(dim=-1, descending=True, stable=True)
         before_AV = falling_AV.cumsum(-1) - falling_AV
