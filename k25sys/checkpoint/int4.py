@@ -9,6 +9,7 @@ float32) it found the very codes and scales each time. It cannot where the weigh
 a single code of 2 that may have been a 1 of twice the scale): `Int4Origin` remembers those groups, and no others.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -40,11 +41,8 @@ def pack_int4(codes_OI: Tensor) -> Tensor:
         raise ShapeError(
             message("pack_int4", "codes_OI", f"shape {tuple(codes_OI.shape)}", "(O, I) with I a multiple of 8")
         )
-    nibbles = (codes_OI.to(torch.int32) + 8).view(codes_OI.shape[0], -1, CODES_PER_WORD)
-    words = torch.zeros(nibbles.shape[:2], dtype=torch.int32, device=codes_OI.device)
-    for i in range(CODES_PER_WORD):
-        words |= nibbles[..., i] << (4 * i)
-    return words
+    nibbles = (codes_OI + 8).to(torch.uint8)
+    return (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(torch.int32)  # the lower byte is the first one
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -57,10 +55,8 @@ def unpack_int4(packed: Tensor) -> Tensor:
         raise DTypeError(message("unpack_int4", "packed", f"dtype {packed.dtype}", "int32"))
     if packed.dim() != 2:
         raise ShapeError(message("unpack_int4", "packed", f"shape {tuple(packed.shape)}", "(O, I / 8)"))
-    codes = torch.empty((*packed.shape, CODES_PER_WORD), dtype=torch.int8, device=packed.device)
-    for i in range(CODES_PER_WORD):
-        codes[..., i] = ((packed >> (4 * i)) & 15) - 8
-    return codes.view(packed.shape[0], -1)
+    pairs = packed.contiguous().view(torch.uint8)
+    return (torch.stack((pairs & 15, pairs >> 4), -1).view(torch.int8) - 8).flatten(1)
 
 
 def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -122,44 +118,46 @@ def quantize_int4(weight_OI: Tensor, scale_rule: str = "amax/7") -> tuple[Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class OddGroups:
-    """Groups of one expert matrix that its weights do not tell: numbers row * G + g (N,) int64, codes packed (N, 4)
-    int32, scales (N,) bfloat16."""
+    """Groups of one expert matrix that its weights do not tell: numbers row * G + g (N,) int64, codes (N, 32) int8,
+    scales (N,) bfloat16."""
 
     numbers: Tensor
-    packed: Tensor
+    codes: Tensor
     scales: Tensor
 
 
 @dataclass(frozen=True)
 class Int4Origin:
     """The expert matrices that were loaded from four-bit codes, by released name, each with the groups that cannot be
-    recovered from the weights. `load_hf` attaches one to the model as `model.int4_origin`; `save_hf` consults it."""
+    recovered from the weights, or None. `load_hf` attaches one to the model as `model.int4_origin`, for `save_hf`."""
 
-    odd: dict[str, OddGroups] = field(default_factory=dict)
+    odd: dict[str, OddGroups | None] = field(default_factory=dict)
 
     def remember(self, name: str, weight_OI: Tensor, packed: Tensor, scales: Tensor) -> None:
         """Notes that `weight_OI` is `dequantize_int4(packed, scales, weight_OI.dtype)`."""
-        words = packed.reshape(-1, GROUP // CODES_PER_WORD)
-        found_words, found_scales, _ = _recover_groups(weight_OI)
-        wrong = (found_words != words).any(1) | (found_scales.view(torch.int16) != _bits(scales.reshape(-1)))
-        numbers = wrong.nonzero().squeeze(1)
-        self.odd[name] = OddGroups(numbers=numbers, packed=words[numbers], scales=scales.reshape(-1)[numbers])
+        codes = unpack_int4(packed).view(-1, GROUP)
+        scales = scales.reshape(-1)
+        found, found_scales, _ = _recover_groups(weight_OI)
+        numbers = ((found != codes).any(1) | (_bits(found_scales) != _bits(scales))).nonzero().squeeze(1)
+        # Nothing small is kept where nothing is odd: it would pin the memory of the large tensors freed around it.
+        self.odd[name] = None
+        if len(numbers):
+            self.odd[name] = OddGroups(numbers=numbers, codes=codes[numbers], scales=scales[numbers])
 
     def codes_of(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         """The codes (O, I / 8) and scales (O, I / 32) that a matrix was loaded from, or None if it was not, or if it
         has changed since."""
-        odd = self.odd.get(name)
-        if odd is None:
+        if name not in self.odd:
             return None
-        words, scales, solved = _recover_groups(weight_OI)
-        words[odd.numbers], scales[odd.numbers] = odd.packed, odd.scales
-        solved[odd.numbers] = True
-        packed, scales = words.view(weight_OI.shape[0], -1), scales.view(weight_OI.shape[0], -1)
-        if not solved.all() or not torch.equal(
-            _bits(dequantize_int4(packed, scales, weight_OI.dtype)), _bits(weight_OI.contiguous())
-        ):
+        codes, scales, solved = _recover_groups(weight_OI)
+        odd = self.odd[name]
+        if odd is not None:
+            codes[odd.numbers], scales[odd.numbers], solved[odd.numbers] = odd.codes, odd.scales, True
+        if not solved.all():
             return None
-        return packed, scales
+        packed, scales = pack_int4(codes.view(weight_OI.shape)), scales.view(weight_OI.shape[0], -1)
+        same = torch.equal(_bits(dequantize_int4(packed, scales, weight_OI.dtype)), _bits(weight_OI.contiguous()))
+        return (packed, scales) if same else None
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -171,24 +169,26 @@ def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each group the first pair of codes and scale that gives its weights exactly.
 
     Returns:
-        words (groups, 4) int32, scales (groups,) bfloat16, and whether a pair was found (groups,) bool.
+        codes (groups, 32) int8, scales (groups,) bfloat16, and whether a pair was found (groups,) bool.
     """
-    groups = weight_OI.reshape(-1, GROUP)
-    values = groups.float()
+    bits = _bits(weight_OI.reshape(-1, GROUP))
+    values = weight_OI.reshape(-1, GROUP).float()
     largest = values.abs().amax(1)
-    codes = torch.zeros(groups.shape, dtype=torch.int8)
+    codes = torch.zeros(values.shape, dtype=torch.int8)
     scales = torch.full_like(largest, _EMPTY_SCALE, dtype=torch.bfloat16)
-    solved = (_bits(groups) == 0).all(1)
-    for code in _LARGEST_CODES:
-        for step in (0, -1, 1):  # the largest weight was rounded, so its scale may be a neighbour
-            left = (~solved & largest.isfinite()).nonzero().squeeze(1)
-            if not len(left):
-                break
-            scale = ((largest[left] / code).to(torch.bfloat16).view(torch.int16) + step).view(torch.bfloat16)
-            wide = scale.float().unsqueeze(1)
-            guess = (values[left] / wide).round() + 0.0  # code 0 has no sign
-            fits = (_bits((guess * wide).to(groups.dtype)) == _bits(groups[left])).all(1)
-            fits &= (guess >= -8).all(1) & (guess <= 7).all(1)
-            found = left[fits]
-            codes[found], scales[found], solved[found] = guess[fits].to(torch.int8), scale[fits], True
-    return pack_int4(codes), scales, solved
+    solved = (bits == 0).all(1)
+    numbers = (~solved & largest.isfinite()).nonzero().squeeze(1)
+    values, bits, largest = values[numbers], bits[numbers], largest[numbers]
+    # The largest weight was rounded, so that its scale may be a neighbour of the quotient.
+    for code, step in itertools.product(_LARGEST_CODES, (0, -1, 1)):
+        if not len(numbers):
+            break
+        scale = ((largest / code).to(torch.bfloat16).view(torch.int16) + step).view(torch.bfloat16)
+        wide = scale.float().unsqueeze(1)
+        guess = (values / wide).round() + 0.0  # code 0 has no sign
+        least, most = torch.aminmax(guess, dim=1)
+        fits = (_bits((guess * wide).to(weight_OI.dtype)) == bits).all(1) & (least >= -8) & (most <= 7)
+        found = numbers[fits]
+        codes[found], scales[found], solved[found] = guess[fits].to(torch.int8), scale[fits], True
+        numbers, values, bits, largest = (x[~fits] for x in (numbers, values, bits, largest))
+    return codes, scales, solved

@@ -231,4 +231,6 @@ def test_memory_never_exceeds_the_model_and_a_shard(folders: tuple[Path, Path, s
         [sys.executable, "-m", "tests.checkpoint.peak_memory", *words],
         capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert int(done.stdout) <= SHARD_BYTES + 6 * 2**20, f"{int(done.stdout) / 2**20:.1f} MiB"
+    # Loading holds a tensor at a time, writing a shard; 12 MiB are temporaries and what the allocator keeps.
+    most = SHARD_BYTES if task == "load" else SHARD_BYTES + 12 * 2**20
+    assert int(done.stdout) <= most, f"{int(done.stdout) / 2**20:.1f} MiB"
