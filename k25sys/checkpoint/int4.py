@@ -137,7 +137,7 @@ class Int4Origin:
         """Notes that `weight_OI` is `dequantize_int4(packed, scales, weight_OI.dtype)`."""
         codes = unpack_int4(packed).view(-1, GROUP)
         scales = scales.reshape(-1)
-        found, found_scales, _ = _recover_groups(weight_OI)
+        found, found_scales = _recover_groups(weight_OI)
         numbers = ((found != codes).any(1) | (_bits(found_scales) != _bits(scales))).nonzero().squeeze(1)
         # Nothing small is kept where nothing is odd: it would pin the memory of the large tensors freed around it.
         self.odd[name] = None
@@ -149,12 +149,10 @@ class Int4Origin:
         has changed since."""
         if name not in self.odd:
             return None
-        codes, scales, solved = _recover_groups(weight_OI)
+        codes, scales = _recover_groups(weight_OI)
         odd = self.odd[name]
         if odd is not None:
-            codes[odd.numbers], scales[odd.numbers], solved[odd.numbers] = odd.codes, odd.scales, True
-        if not solved.all():
-            return None
+            codes[odd.numbers], scales[odd.numbers] = odd.codes, odd.scales
         packed, scales = pack_int4(codes.view(weight_OI.shape)), scales.view(weight_OI.shape[0], -1)
         same = torch.equal(_bits(dequantize_int4(packed, scales, weight_OI.dtype)), _bits(weight_OI.contiguous()))
         return (packed, scales) if same else None
@@ -165,19 +163,18 @@ def _bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """For each group the first pair of codes and scale that gives its weights exactly.
 
     Returns:
-        codes (groups, 32) int8, scales (groups,) bfloat16, and whether a pair was found (groups,) bool.
+        codes (groups, 32) int8, scales (groups,) bfloat16; zeros and 1 where no pair does.
     """
     bits = _bits(weight_OI.reshape(-1, GROUP))
     values = weight_OI.reshape(-1, GROUP).float()
     largest = values.abs().amax(1)
     codes = torch.zeros(values.shape, dtype=torch.int8)
     scales = torch.full_like(largest, _EMPTY_SCALE, dtype=torch.bfloat16)
-    solved = (bits == 0).all(1)
-    numbers = (~solved & largest.isfinite()).nonzero().squeeze(1)
+    numbers = ((bits != 0).any(1) & largest.isfinite()).nonzero().squeeze(1)
     values, bits, largest = values[numbers], bits[numbers], largest[numbers]
     # The largest weight was rounded, so that its scale may be a neighbour of the quotient.
     for code, step in itertools.product(_LARGEST_CODES, (0, -1, 1)):
@@ -189,6 +186,6 @@ def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         least, most = torch.aminmax(guess, dim=1)
         fits = (_bits((guess * wide).to(weight_OI.dtype)) == bits).all(1) & (least >= -8) & (most <= 7)
         found = numbers[fits]
-        codes[found], scales[found], solved[found] = guess[fits].to(torch.int8), scale[fits], True
+        codes[found], scales[found] = guess[fits].to(torch.int8), scale[fits]
         numbers, values, bits, largest = (x[~fits] for x in (numbers, values, bits, largest))
-    return codes, scales, solved
+    return codes, scales

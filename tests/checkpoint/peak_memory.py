@@ -5,13 +5,13 @@ Prints how far the resident memory, mapped files included, rose above what it wa
 same layout, goes first: what code and libraries take once does not count.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from k25sys.checkpoint import convert, load_hf, save_hf
-from k25sys.checkpoint.safetensors import read_json
 from k25sys.models.config import KimiK25Config
 from k25sys.models.kimi_k25 import KimiK25
 
@@ -26,7 +26,7 @@ def status(field: str) -> int:
 
 def measure(task: str, source: Path, folder: Path, experts: str) -> int:
     """Runs one task and returns the rise."""
-    config = KimiK25Config.from_hf_config(read_json(source / "config.json"))
+    config = KimiK25Config.from_hf_config(json.loads((source / "config.json").read_text()))
     model = None
     if task != "convert":
         with torch.device("meta"):

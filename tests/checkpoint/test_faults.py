@@ -229,8 +229,10 @@ def test_memory_never_exceeds_the_model_and_a_shard(folders: tuple[Path, Path, s
     words = [task, str(small), str(large), str(tmp_path / "new"), experts]
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.peak_memory", *words],
-        capture_output=True, text=True, timeout=120, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120, check=True,
+        # Freed memory goes back at once, as it does at real sizes, where matrices are above glibc's 32 MiB.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "32768"},
     )  # fmt: skip
-    # Loading holds a tensor at a time, writing a shard; 12 MiB are temporaries and what the allocator keeps.
-    most = SHARD_BYTES if task == "load" else SHARD_BYTES + 12 * 2**20
+    # Loading holds a tensor at a time, writing a shard with the temporaries of a matrix.
+    most = SHARD_BYTES if task == "load" else SHARD_BYTES + 8 * 2**20
     assert int(done.stdout) <= most, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -1,5 +1,6 @@
 """Publishing: whole or not at all, and every changed bit is found."""
 
+import hashlib
 import json
 import os
 import random
@@ -93,10 +94,10 @@ def test_what_is_no_regular_file_is_refused_without_reading_it(folder: Path) -> 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../other", "a/../b", "a//b"])
 def test_a_manifest_stays_inside_its_folder(tmp_path: Path, name: str) -> None:
-    from k25sys.checkpoint.store import _manifest_text
-
-    text = _manifest_text({"step": None, "files": {name: {"sha256": "", "bytes": 0}}})
-    (tmp_path / "manifest.json").write_bytes(text)
+    contents = {"step": None, "files": {name: {"sha256": "", "bytes": 0}}}
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({**contents, "manifest_sha256": digest}, sort_keys=True, indent=1) + "\n"
+    (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="accepted paths inside"):
         read_manifest(tmp_path)
 
