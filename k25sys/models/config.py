@@ -71,10 +71,13 @@ class YarnConfig:
     mscale_all_dim: float
 
     def __post_init__(self) -> None:
+        for name in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and value > 0, f"yarn.{name}", value, "a number > 0")
         _require(self.factor >= 1, "yarn.factor", self.factor, "a number >= 1")
         _require_counts(self, "original_max_position_embeddings")
-        rising = 0 < self.beta_slow < self.beta_fast
-        _require(rising, "yarn.beta_slow, beta_fast", (self.beta_slow, self.beta_fast), "0 < beta_slow < beta_fast")
+        rising = self.beta_slow < self.beta_fast
+        _require(rising, "yarn.beta_slow, beta_fast", (self.beta_slow, self.beta_fast), "beta_slow < beta_fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +126,15 @@ class TextConfig:
         most = min(MAX_TOP_K, self.n_routed_experts)
         _require(self.num_experts_per_tok <= most, "num_experts_per_tok", self.num_experts_per_tok, f"1 to {most}")
         dense = self.first_k_dense_replace
-        _require(0 <= dense <= self.num_hidden_layers, "first_k_dense_replace", dense, f"0 to {self.num_hidden_layers}")
+        _require(
+            isinstance(dense, int) and 0 <= dense <= self.num_hidden_layers,
+            "first_k_dense_replace",
+            dense,
+            f"0 to {self.num_hidden_layers}",
+        )
         for name in ("routed_scaling_factor", "rope_theta", "rms_norm_eps", "latent_norm_eps", "initializer_range"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number > 0")
+            value = getattr(self, name)
+            _require(isinstance(value, (int, float)) and value > 0, name, value, "a number > 0")
 
     @property
     def qk_head_dim(self) -> int:

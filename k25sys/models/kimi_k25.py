@@ -134,6 +134,13 @@ class KimiK25(nn.Module):
 
         The number of those positions is read from the device.
         """
+        vocabulary = self.config.text.vocab_size
+        # On a device the embedding itself asserts it; here its own message would not say which argument is meant.
+        if input_ids_BS.device.type == "cpu" and input_ids_BS.numel():
+            low, high = (int(token) for token in input_ids_BS.aminmax())
+            if low < 0 or high >= vocabulary:
+                got = f"token {low if low < 0 else high}"
+                raise ArgumentValueError(message("KimiK25", "input_ids_BS", got, f"0 to {vocabulary - 1}"))
         x_BSD = self.language_model.model.embed_tokens(input_ids_BS)
         if self.config.vision is None and media_features is None:
             return x_BSD

@@ -1,5 +1,6 @@
 """Attention within documents against dense softmax, its implementations, and the largest logit of each head."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,22 @@ from tests.models.cases import ModelCase, model_cases, plain_case, relative_erro
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")
 packings = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
+
+
+@given(lengths=st.lists(st.integers(0, 5), max_size=6))
+def test_documents_describe_the_rows(lengths: list[int]) -> None:
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    documents = Documents.from_cu_seqlens("test", bounds, sum(lengths), CPU)
+    full = [length for length in lengths if length]
+    assert documents.lengths == tuple(full)
+    assert documents.num_rows == sum(full)
+    assert documents.max_length == max(full, default=0)
+    assert documents.positions_T.tolist() == [place for length in full for place in range(length)]
+    assert documents.index_T.tolist() == [i for i, length in enumerate(full) for _ in range(length)]
+    ends = documents.cu_seqlens.tolist()
+    assert ends == sorted({*bounds.tolist()})
+    assert documents.bounds == list(pairwise(ends))
+    assert documents.cu_seqlens.dtype == torch.int32
 
 
 def random_qkv(lengths: tuple[int, ...], value_dim: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -101,6 +101,8 @@ def test_a_small_vocabulary_has_only_the_tokens_that_its_config_names() -> None:
         ("text_config.rope_parameters", {"factor": 32}, "{'factor': (64.0, 32)}, accepted the same values in both"),
         ("text_config.num_experts_per_tok", 17, "num_experts_per_tok: got 17, accepted 1 to 16"),
         ("text_config.n_routed_experts", 513, "n_routed_experts: got 513, accepted 1 to 512"),
+        ("text_config.rope_scaling.factor", "64", "yarn.factor: got 64, accepted a number > 0"),
+        ("text_config.rms_norm_eps", None, "rms_norm_eps: got None, accepted a number > 0"),
         ("text_config.num_hidden_layers", 0, "num_hidden_layers: got 0, accepted an int >= 1"),
         ("text_config.vocab_size", 1000, "tokens.media_pad: got 163605, accepted an id below vocab_size 1000"),
         ("tie_word_embeddings", True, "tie_word_embeddings: got True, accepted False; Kimi-K2.5's head is untied"),

@@ -110,8 +110,9 @@ def test_prompts_and_media_are_computed_once_for_all_samples_and_cached_compress
     def count(name: str) -> Any:
         return lambda _module, inputs: rows[name].append(len(inputs[0]))
 
-    model.language_model.model.layers["1"].input_layernorm.register_forward_pre_hook(count("layer"))
-    model.language_model.model.layers["1"].self_attn.kv_b_proj.register_forward_pre_hook(count("expand"))
+    layer: Any = model.language_model.model.layers["1"]
+    layer.input_layernorm.register_forward_pre_hook(count("layer"))
+    layer.self_attn.kv_b_proj.register_forward_pre_hook(count("expand"))
     model.vision_tower.register_forward_pre_hook(count("vision"))
     stored: list[tuple[int, ...]] = []
     store = LayerCache.store_prompts

@@ -200,6 +200,19 @@ def test_no_argument_is_changed_and_a_second_call_is_the_same() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_router_is_float32_under_autocast() -> None:
+    model = plain_case().model()
+    router: Any = model.get_submodule("language_model.model.layers.1.mlp.gate")
+    x_TD = torch.randn(50, 32)
+    weights, experts = router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_weights, cast_experts = router(x_TD)
+        logits = model(torch.arange(40)[None])
+    assert torch.equal(weights, cast_weights)
+    assert torch.equal(experts, cast_experts)
+    assert torch.isfinite(logits).all()
+
+
 def test_an_empty_batch_and_a_text_model_work() -> None:
     model = plain_case().model()
     assert model(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, 64)
@@ -212,6 +225,8 @@ BAD_CALLS: list[tuple[str, Callable[[KimiK25, Any, Any, Any], Any], type[Excepti
     ("ids_float", lambda m, i, p, g: m(i.float()), TypeError, "input_ids_BS: got torch.float32, accepted int32 or"),
     ("ids_flat", lambda m, i, p, g: m(i[0]), ValueError, r"input_ids_BS: got \(14,\), accepted \(B, S\)"),
     ("ids_list", lambda m, i, p, g: m([[1]]), TypeError, "input_ids_BS: got list, accepted a torch.Tensor"),
+    ("id_low", lambda m, i, p, g: m(i - 61, p, g), ValueError, "input_ids_BS: got token -61, accepted 0 to 63"),
+    ("id_high", lambda m, i, p, g: m(i + 4, p, g), ValueError, "input_ids_BS: got token 64, accepted 0 to 63"),
     ("no_media", lambda m, i, p, g: m(i), ValueError, r"9 positions of media_pad \(id 60\), accepted 0, the rows"),
     ("few_media", lambda m, i, p, g: m(i, p[:24], g[:1]), ValueError, r"9 positions of .*, accepted 6, the rows"),
     ("no_grid", lambda m, i, p, g: m(i, p), TypeError, "grid_thw: got None, accepted both"),

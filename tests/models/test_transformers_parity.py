@@ -1,16 +1,18 @@
 """The model against transformers' kimi_k25: logits, gradients, routing and tables."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25VisionRotaryEmbedding
 from transformers.vision_utils import get_vision_position_ids
 
-from k25sys.models import rope
+from k25sys.models import YarnConfig, rope
 from k25sys.models.presets import preset
 from tests.models.cases import (
     ModelCase,
@@ -81,6 +83,29 @@ def test_rotary_tables_of_the_language_model_are_exact() -> None:
         ours_cos, ours_sin = rope.text_tables(config, positions[0])
         assert torch.equal(ours_cos, cos[0, :, :32])
         assert torch.equal(ours_sin, sin[0, :, :32])
+
+
+@given(
+    dim=st.sampled_from((2, 8, 64)), theta=st.sampled_from((10.0, 1e4, 5e4)), factor=st.sampled_from((1.0, 4.0, 64.0)),
+    original=st.sampled_from((8, 4096, 10**7)), fast=st.sampled_from((2.0, 32.0)), slow=st.sampled_from((0.5, 1.9)),
+    mscale=st.sampled_from((0.7, 1.0)),
+)  # fmt: skip
+def test_any_yarn_is_exact(
+    dim: int, theta: float, factor: float, original: int, fast: float, slow: float, mscale: float
+) -> None:
+    fields = {
+        "factor": factor, "original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow,
+        "mscale": mscale, "mscale_all_dim": 0.9,
+    }  # fmt: skip
+    config = dataclasses.replace(
+        preset("tiny").text, qk_rope_head_dim=dim, rope_theta=theta, yarn=YarnConfig(**fields)
+    )  # fmt: skip
+    parameters = {"rope_type": "yarn", "rope_theta": theta, **fields}
+    reference = DeepseekV3RotaryEmbedding(
+        DeepseekV3Config(rope_parameters=parameters, qk_rope_head_dim=dim, max_position_embeddings=original)
+    )
+    assert torch.equal(rope.inverse_frequencies(config), reference.inv_freq)
+    assert rope.table_multiplier(config) == reference.attention_scaling
 
 
 def test_yarn_of_k25_has_the_figures_of_the_specification() -> None:
