@@ -1,5 +1,7 @@
 """One exception class per fault, each a TypeError or a ValueError, so that callers may catch either kind."""
 
+from collections.abc import Iterable
+
 
 class ArgumentTypeError(TypeError):
     """An argument is not of the Python type that the op takes (a list for a tensor, a float for a count)."""
@@ -29,10 +31,29 @@ class BackendError(ValueError):
     """A backend is unknown, or not available here."""
 
 
+class ConfigError(ValueError):
+    """A field of a model's configuration is missing, unknown, or contradicts another."""
+
+
+class MediaCountError(ValueError):
+    """The media_pad positions of the tokens are not as many as the rows that the media encode to."""
+
+
 class ExtensionMissingError(ImportError):
     """The native extension k25sys._C was not built or cannot be loaded."""
+
+
+class CheckpointError(ValueError):
+    """A file of a checkpoint is missing, extra, truncated or altered, or its tensors are not those of the model."""
 
 
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:
     """The text of every argument error: op, argument, what was got, what is accepted, what to do."""
     return f"{op}: {argument}: got {got}, accepted {accepted}" + (f"; {hint}" if hint else "")
+
+
+def listing(items: Iterable[str], *, most: int = 10, separator: str = ", ") -> str:
+    """The first `most` of `items`, and how many more there are."""
+    items = list(items)
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])

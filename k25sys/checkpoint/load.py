@@ -1,0 +1,48 @@
+"""`load_hf`: a folder of safetensors, in any of the layouts, into a model."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from k25sys.checkpoint.int4 import Int4Origin, dequantize_int4
+from k25sys.checkpoint.safetensors import SafetensorsFolder
+from k25sys.checkpoint.sources import FolderSource, ModelSource
+from k25sys.checkpoint.store import MANIFEST, verify_manifest
+
+
+def load_hf(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
+    """Loads the released layout (experts packed or whole), transformers' state dict, or what its save_pretrained gives.
+
+    Reads tensor by tensor, file after file: beside the model there is never more in memory than one tensor, or one file
+    where experts are stacked.
+    Values are converted to the dtype of the model's tensors. Where experts were in INT4, `model.int4_origin` is set, a
+    few bytes with which `save_hf` can write the same codes and scales again.
+
+    Args:
+        model: a KimiK25 that is not on the meta device.
+        folder: model.safetensors.index.json with its files, or a single safetensors file.
+        verify: compare every file with the manifest first, where there is one.
+
+    Raises:
+        CheckpointError: before the model is changed. A file is missing, truncated or altered, or tensors are missing,
+            extra, mis-shaped or mis-typed: one error names them.
+        ArgumentTypeError, DeviceError: not a KimiK25, or one without memory.
+    """
+    target = ModelSource("load_hf", model)
+    if verify and (Path(folder) / MANIFEST).exists():
+        verify_manifest(folder)
+    origin = Int4Origin()
+    with SafetensorsFolder(folder) as files, torch.no_grad():
+        source = FolderSource(files, target.config)
+        for name in source.names_by_file():
+            tensor = target.tensor(name)
+            codes = source.codes(name)
+            if codes is None:
+                tensor.copy_(source.read(name))
+            else:
+                weight = dequantize_int4(*codes, tensor.dtype)
+                tensor.copy_(weight)
+                origin.remember(name, weight, *codes)
+    object.__setattr__(model, "int4_origin", origin if origin.odd else None)

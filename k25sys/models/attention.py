@@ -1,0 +1,107 @@
+"""Multi-head latent attention (MLA): keys and values of all heads come from one latent a token.
+
+Shape suffixes: T tokens, D model, H heads, Q = N + R query channels (N without position, R rotated), V value channels,
+C latent, A sequences that decode.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from k25sys.models.attention_core import AttentionCore, max_softmax_logits
+from k25sys.models.config import TextConfig
+from k25sys.models.documents import Documents
+from k25sys.models.latent_cache import LayerCache
+from k25sys.models.rope import RotaryTables, rotate_pairs, softmax_scale
+
+
+class LatentAttention(nn.Module):
+    """MLA of DeepSeek-V2 as in Kimi K2; parameters carry the released names.
+
+    The number of heads follows from the rows of the projections, so that a part of the heads works as well.
+    """
+
+    def __init__(self, config: TextConfig, *, implementation: str) -> None:
+        super().__init__()
+        self.config = config
+        dim, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(dim, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=config.latent_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(dim, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = nn.RMSNorm(config.kv_lora_rank, eps=config.latent_norm_eps)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * config.v_head_dim, dim, bias=False)
+        self.core = AttentionCore(implementation, scale=softmax_scale(config), causal=True)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        tables: RotaryTables,
+        documents: Documents,
+        *,
+        max_logits_H: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Causal attention within documents.
+
+        Args:
+            x_TD: (T, D).
+            tables: cos and sin of the positions of these tokens.
+            documents: the packing.
+            max_logits_H: (H,) float32, raised in place to each head's largest softmax input.
+            cache: gets the latents of these tokens, one document a prompt.
+
+        Returns:
+            (T, D).
+        """
+        q_nope, q_rope = self.queries(x_TD, tables)
+        latent_TC, k_rope_TR = self.latents(x_TD, tables)
+        if cache is not None:
+            cache.store_prompts(torch.cat([latent_TC, k_rope_TR], -1), documents)
+        k_nope, v_THV = self._split_heads(self.kv_b_proj(latent_TC))
+        q_THQ = torch.cat([q_nope, q_rope], -1)
+        k_THQ = torch.cat([k_nope, k_rope_TR[:, None].expand(-1, k_nope.shape[1], -1)], -1)
+        if max_logits_H is not None:
+            largest_H = max_softmax_logits(q_THQ.detach(), k_THQ.detach(), documents, scale=self.core.scale)
+            torch.maximum(max_logits_H, largest_H, out=max_logits_H)
+        return self.o_proj(self.core(q_THQ, k_THQ, v_THV, documents).flatten(1))
+
+    def queries(self, x_TD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        """The queries without position (T, H, N) and the rotated ones (T, H, R)."""
+        config = self.config
+        whole = config.q_lora_rank is None
+        q = self.q_proj(x_TD) if whole else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        q_nope, q_rope = q.unflatten(-1, (-1, config.qk_head_dim)).split(
+            [config.qk_nope_head_dim, config.qk_rope_head_dim], -1
+        )
+        return q_nope, rotate_pairs(q_rope, tables)
+
+    def latents(self, x_TD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
+        """What a token leaves behind: its normalised latent (T, C) and its rotated key (T, R), shared by all heads."""
+        config = self.config
+        latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        return self.kv_a_layernorm(latent_TC), rotate_pairs(k_rope_TR[:, None], tables)[:, 0]
+
+    def decode(self, x_AD: Tensor, tables: RotaryTables, cache: LayerCache) -> Tensor:
+        """One more token of each sequence of `cache`: (A, D) -> (A, D).
+
+        The projections that expand latents into keys and values are applied to the query and to the attended latent
+        instead (DeepSeek-V2, section 2.1.2), so that the cache is read as it is stored.
+        """
+        q_nope, q_rope = self.queries(x_AD, tables)
+        cache.append(torch.cat(self.latents(x_AD, tables), -1))
+        expand_HGC = self.kv_b_proj.weight.unflatten(0, (q_nope.shape[1], -1))
+        keys_HNC, values_HVC = expand_HGC.split([self.config.qk_nope_head_dim, self.config.v_head_dim], 1)
+        q_AHC = torch.einsum("ahn,hnc->ahc", q_nope, keys_HNC)
+        attended_AHC = cache.attend(torch.cat([q_AHC, q_rope], -1), scale=self.core.scale)
+        out_AHV = torch.einsum("ahc,hvc->ahv", attended_AHC, values_HVC)
+        return self.o_proj(out_AHV.flatten(1))
+
+    def _split_heads(self, kv: Tensor) -> list[Tensor]:
+        sizes = [self.config.qk_nope_head_dim, self.config.v_head_dim]
+        return list(kv.unflatten(-1, (-1, sum(sizes))).split(sizes, -1))

@@ -1,0 +1,83 @@
+"""Mixture of experts of Kimi K2: a sigmoid router, routed experts as stacked weights, and a shared expert."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k25sys import ops
+from k25sys.models.config import TextConfig
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the dense layers and the shared expert."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, width, bias=False)
+        self.up_proj = nn.Linear(dim, width, bias=False)
+        self.down_proj = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Router(nn.Module):
+    """Chooses each token's experts: ops.route_tokens on float32 logits, whatever the dtype of the weight.
+
+    A forward hook sees (weights_TK, experts_TK): that is where balancing reads the load of the experts.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias: Tensor
+        bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, D) -> weights_TK float32 (float64 for float64 tokens), experts_TK int32."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return ops.route_tokens(logits_TE, self.e_score_correction_bias, top_k=self.top_k, scale=self.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        # model.to(bfloat16) must not round the bias: its steps of 1e-3 would be lost.
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved_E = self.e_score_correction_bias
+        if moved_E.dtype != torch.float32:
+            self.e_score_correction_bias = bias_E.to(moved_E.device)
+        return self
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: gate_up_proj (E, 2I, D), gate rows first, and down_proj (E, D, I)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        experts, dim, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, dim))
+        self.down_proj = nn.Parameter(torch.empty(experts, dim, width))
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
+        """(T, D) -> (T, D): the weighted sum of the chosen experts."""
+        return ops.expert_mlp(x_TD, self.gate_up_proj, self.down_proj, weights_TK, experts_TK)
+
+
+class MixtureOfExperts(nn.Module):
+    """y = sum over the chosen experts + shared expert (Kimi K2, section 2.3)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.experts(x_TD, *self.gate(x_TD)) + self.shared_experts(x_TD)
