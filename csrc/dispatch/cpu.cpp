@@ -23,13 +23,16 @@ struct RowOps {
   using Vector = typename Compute<Element>::Vector;
   static constexpr int lanes = sizeof(Vector) / sizeof(Scalar);
 
-  // One token's columns [d, d + width): kAtOnce vectors of sums stay in registers while the token's rows pass by.
+  // One token's columns [d, d + width): kAtOnce vectors of sums stay in registers while the token's rows pass by. The
+  // same columns of the next token's rows are asked for meanwhile: rows are short and lie anywhere.
   template <int kAtOnce>
-  static K25_INLINE void combine_columns(const Element* const* row_of, const Scalar* weights, int top_k, int64_t d,
-                                         Element* out) {
+  static K25_INLINE void combine_columns(const Element* const* row_of, const Element* const* next_row_of,
+                                         const Scalar* weights, int top_k, int64_t d, Element* out) {
+    constexpr int64_t per_line = kLine / int64_t(sizeof(Element));
     Vector sums[kAtOnce] = {};
     for (int k = 0; k < top_k; ++k) {
       const Element* row = row_of[k] + d;
+      for (int64_t i = 0; i < kAtOnce * lanes; i += per_line) __builtin_prefetch(next_row_of[k] + d + i);
 #pragma GCC unroll 8
       for (int v = 0; v < kAtOnce; ++v) {
         const Vector value = load_compute(row + v * lanes);
@@ -45,15 +48,19 @@ struct RowOps {
     const auto* rows = static_cast<const Element*>(p.rows);
     parallel_ranges(p.num_tokens, 8, num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const Element* row_of[kMaxTopK];
-        for (int k = 0; k < p.top_k; ++k) row_of[k] = rows + p.row_of_slot[t * p.top_k + k] * p.dim;
+        const Element *row_of[kMaxTopK], *next_row_of[kMaxTopK];
+        const int64_t next = t + 1 < end ? t + 1 : t;
+        for (int k = 0; k < p.top_k; ++k) {
+          row_of[k] = rows + p.row_of_slot[t * p.top_k + k] * p.dim;
+          next_row_of[k] = rows + p.row_of_slot[next * p.top_k + k] * p.dim;
+        }
         const Scalar* weights = p.weights ? static_cast<const Scalar*>(p.weights) + t * p.top_k : nullptr;
         auto* out = static_cast<Element*>(p.out) + t * p.dim;
         int64_t d = 0;
         for (; d + at_once * lanes <= p.dim; d += at_once * lanes) {
-          combine_columns<at_once>(row_of, weights, p.top_k, d, out);
+          combine_columns<at_once>(row_of, next_row_of, weights, p.top_k, d, out);
         }
-        for (; d + lanes <= p.dim; d += lanes) combine_columns<1>(row_of, weights, p.top_k, d, out);
+        for (; d + lanes <= p.dim; d += lanes) combine_columns<1>(row_of, next_row_of, weights, p.top_k, d, out);
         for (; d < p.dim; ++d) {
           Scalar sum = 0;
           for (int k = 0; k < p.top_k; ++k) sum += load_scalar(row_of[k] + d) * (weights ? weights[k] : Scalar(1));
