@@ -22,7 +22,7 @@ struct ExpertMlp {
   int64_t num_tokens, num_experts, dim, width;  // T, E, D, I; M = T * K
   int top_k;
   DType dtype;
-  double* phase_seconds;  // 3: gate/up, down, combine; or null
+  double* phase_seconds;  // 3: gate/up, down, combine; added to; or null
 };
 
 struct ExpertMlpBackward {
@@ -39,7 +39,7 @@ struct ExpertMlpBackward {
   const void* gate_up_rows;    // (M, 2I), from the forward
   void* grad_gate_up_rows;     // (M, 2I): scratch
   void* weighted_act_rows;     // (M, I): scratch
-  void* grad_x_rows;           // (M, D): scratch; null when grad_x is
+  void* grad_x_rows;           // (M, D): scratch, may lie in grad_gate_up, which is written last; null when grad_x is
   void* grad_x;                // (T, D), or null
   void* grad_gate_up;          // (E, 2I, D) in weight_grad_dtype, or null
   void* grad_down;             // (E, D, I) in weight_grad_dtype, or null
@@ -49,7 +49,7 @@ struct ExpertMlpBackward {
   int64_t num_tokens, num_experts, dim, width;
   int top_k;
   DType dtype;
-  double* phase_seconds;  // 3: SwiGLU gradient, input and weight gradients, combine; or null
+  double* phase_seconds;  // 3: SwiGLU gradient, input and weight gradients, combine; added to; or null
 };
 
 enum class PackKind : int { gate_up_forward = 0, down_forward = 1, down_backward = 2, gate_up_backward = 3 };

@@ -17,7 +17,7 @@ class PhaseClock {
   void lap(int phase) {
     if (!seconds_) return;
     const double time = now();
-    seconds_[phase] = time - last_;
+    seconds_[phase] += time - last_;
     last_ = time;
   }
 
@@ -215,7 +215,14 @@ struct Experts {
     PhaseClock clock(p.phase_seconds);
     activation_grad(p, num_threads);
     clock.lap(0);
-    if (p.grad_x) input_grad(p, num_threads);
+    if (p.grad_x) {
+      input_grad(p, num_threads);
+      clock.lap(1);
+      combine({p.grad_x_rows, nullptr, p.row_of_slot, p.grad_x, p.num_tokens, p.num_tokens * p.top_k, p.dim, p.top_k,
+               p.dtype},
+              num_threads);
+      clock.lap(2);
+    }
     const Rows<Element> x{static_cast<const Element*>(p.x), p.dim, p.slot_of_row, p.top_k};
     const Rows<Element> grad_out{static_cast<const Element*>(p.grad_out), p.dim, p.slot_of_row, p.top_k};
     const Rows<Element> grad_gate_up{static_cast<const Element*>(p.grad_gate_up_rows), 2 * p.width};
@@ -236,12 +243,6 @@ struct Experts {
       both(static_cast<Scalar*>(nullptr));
     }
     clock.lap(1);
-    if (p.grad_x) {
-      combine({p.grad_x_rows, nullptr, p.row_of_slot, p.grad_x, p.num_tokens, p.num_tokens * p.top_k, p.dim, p.top_k,
-               p.dtype},
-              num_threads);
-    }
-    clock.lap(2);
   }
 };
 

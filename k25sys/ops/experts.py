@@ -245,6 +245,14 @@ def _check_backward(
     checks.same_device(op, "x_TD", x, {"grad_TD": grad, "gate_up_rows_MG": gate_up_rows})
 
 
+def _space_for_rows(num_rows: int, x: Tensor, grad_gate_up: Tensor | None, accumulate: bool) -> Tensor:
+    """(M, D) for the rows of the input's gradient: in the weight gradient, which is written once they are combined."""
+    size = num_rows * x.shape[1]
+    if accumulate or grad_gate_up is None or grad_gate_up.numel() < size:
+        return native.empty((num_rows, x.shape[1]), x)
+    return grad_gate_up.view(-1)[:size].view(num_rows, x.shape[1])
+
+
 def _run_backward(
     saved: Sequence[Tensor], packs: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool
 ) -> None:
@@ -255,7 +263,7 @@ def _run_backward(
     num_rows, dim, width = slot_of_row.shape[0], x.shape[1], down.shape[2]
     grad_gate_up_rows = native.empty((num_rows, 2 * width), x)
     weighted_act_rows = native.empty((num_rows, width), x)
-    grad_x_rows = None if grads[0] is None else native.empty((num_rows, dim), x)
+    grad_x_rows = None if grads[0] is None else _space_for_rows(num_rows, x, grads[1], accumulate)
     down_pack, gate_up_pack = packs or (None, None)
     weight_grad = grads[1] if grads[1] is not None else grads[2]
     weight_grad_dtype = x.dtype if weight_grad is None else weight_grad.dtype
