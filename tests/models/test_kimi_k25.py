@@ -200,6 +200,7 @@ def test_no_argument_is_changed_and_a_second_call_is_the_same() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_the_router_is_float32_under_autocast() -> None:
     model = plain_case().model()
     router: Any = model.get_submodule("language_model.model.layers.1.mlp.gate")
