@@ -1,0 +1,33 @@
+"""What goes into the model: pictures and videos as patches, text and conversations as tokens. Knows no model.
+
+Pictures need Pillow, videos PyAV (`pip install 'k25sys[media]'`), the released vocabulary tiktoken (`k25sys[tiktoken]`).
+"""
+
+from k25sys.data.geometry import (
+    RELEASED_LIMITS,
+    MediaLimits,
+    ResizePlan,
+    image_grid,
+    plan_resize,
+    sample_frames,
+    timestamp,
+    video_grids,
+)
+from k25sys.data.images import preprocess_image, read_image_size
+from k25sys.data.videos import VideoInfo, preprocess_video, read_video_info
+
+__all__ = [
+    "RELEASED_LIMITS",
+    "MediaLimits",
+    "ResizePlan",
+    "VideoInfo",
+    "image_grid",
+    "plan_resize",
+    "preprocess_image",
+    "preprocess_video",
+    "read_image_size",
+    "read_video_info",
+    "sample_frames",
+    "timestamp",
+    "video_grids",
+]
