@@ -1,6 +1,7 @@
 """What goes into the model: pictures and videos as patches, text and conversations as tokens. Knows no model.
 
-Pictures need Pillow, videos PyAV (`pip install 'k25sys[media]'`), the released vocabulary tiktoken (`k25sys[tiktoken]`).
+Pictures need Pillow and videos PyAV (`pip install 'k25sys[media]'`); the released vocabulary needs tiktoken
+(`k25sys[tiktoken]`).
 """
 
 from k25sys.data.geometry import (

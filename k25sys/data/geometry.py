@@ -1,6 +1,6 @@
 """Sizes, frames and times of media, from metadata alone: what a picture or a video will cost before a pixel is read.
 
-Sizes are (height, width) in pixels unless a name says patches. Source: the released processor's rules, spec section 2.3.
+Sizes are (height, width) in pixels unless a name says patches. Source: the released rules, spec section 2.3.
 """
 
 import math
@@ -29,7 +29,7 @@ class MediaLimits:
         frames_per_group: frames that share their tokens, 1 to 4.
         max_frames: frames that are taken from one video at most; None is no bound, as released. An hour of video is
             7200 frames, up to 70 GB of pixel values.
-        source_pixels: pixels of a picture or frame as it lies in the file; a larger one is refused before it is decoded.
+        source_pixels: pixels of a picture or frame in the file; a larger one is refused before it is decoded.
     """
 
     image_patches: int = 16384
@@ -128,7 +128,7 @@ def group_sizes(num_frames: int, limits: MediaLimits = RELEASED_LIMITS) -> list[
 
 
 def timestamp(frame: int, fps: float) -> str:
-    """The time of frame number `frame` as HH:MM:SS.mmm, cut (not rounded) to milliseconds as in the released prompts."""
+    """The time of frame number `frame` as HH:MM:SS.mmm, cut (not rounded) to milliseconds, as released."""
     time = frame / fps
     seconds, milliseconds = int(time), int(time % 1 * 1000)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"

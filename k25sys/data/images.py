@@ -1,7 +1,8 @@
 """Pictures: from a PNG, JPEG, WebP, GIF or BMP file, or a PIL image, to patches. Source: spec section 2.3.
 
-The released processor's choices, kept: the picture is seen upright (EXIF orientation is applied), alpha is dropped without
-blending, of an animation the first frame counts. Not kept: grey of 16 bits is scaled to 8; clipped, as there, it is white.
+The choices of transformers' processor are kept: the picture is seen upright (EXIF orientation is applied), alpha is
+dropped without blending, of an animation the first frame counts. One is not: grey of 16 bits is scaled to 8 bits; as it
+is clipped there, it comes out white.
 """
 
 import os
@@ -69,7 +70,7 @@ def resize_and_pad(picture: "Image.Image", plan: ResizePlan) -> np.ndarray:
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     padded = np.zeros((*plan.padded, 3), np.uint8)
-    padded[:height, :width] = picture
+    padded[:height, :width] = np.asarray(picture)
     return padded
 
 
@@ -99,19 +100,25 @@ def _opened(image: Any, name: str) -> "Iterator[Image.Image]":
     if isinstance(image, Image.Image):
         yield image
         return
-    if not isinstance(image, (str, os.PathLike)) and not hasattr(image, "read"):
-        kind = type(image).__name__
-        raise ArgumentTypeError(message("preprocess_image", "image", kind, "a path, a binary file or a PIL image"))
-    file = open(image, "rb") if isinstance(image, (str, os.PathLike)) else image
-    try:
+    with opened_file("preprocess_image", "image", image, "a path, a binary file or a PIL image") as file:
         try:
             picture = Image.open(file, formats=_FORMATS)
         except Exception as error:  # Pillow's readers raise anything at a file that is not theirs
             raise FileFormatError(_unreadable(name, error)) from error
         yield picture
-    finally:
-        if file is not image:
-            file.close()
+
+
+@contextmanager
+def opened_file(op: str, argument: str, source: Any, accepted: str) -> Iterator[BinaryIO]:
+    """The file at the path `source`, closed afterwards; or `source` itself, a binary file, from its beginning."""
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            yield file
+    elif hasattr(source, "read") and hasattr(source, "seek"):
+        source.seek(0)
+        yield source
+    else:
+        raise ArgumentTypeError(message(op, argument, type(source).__name__, accepted))
 
 
 def _unreadable(name: str, error: Exception) -> str:
@@ -127,7 +134,7 @@ def _check_size(op: str, name: str, size: tuple[int, int], limits: MediaLimits) 
 
 
 def _orientation(picture: "Image.Image") -> int:
-    """EXIF orientation, 1 to 8. From the header: in a PNG the tag may lie behind the pixels, there it does not count."""
+    """EXIF orientation, 1 to 8, from the header: where a PNG has the tag behind its pixels, it does not count."""
     if picture.format == "PNG" and "exif" not in picture.info:
         return 1
     try:

@@ -1,10 +1,9 @@
 """Videos: from any file that FFmpeg reads to patches of the sampled frames and their times. Source: spec section 2.3.
 
-The frames are seen upright (a rotation in the file is applied). Times are frame number / average rate, as released, also
-where the frames are not evenly spaced.
+Frames are seen upright (a rotation in the file is applied). Times are frame number / average rate, as released, even
+where frames are not evenly spaced.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ from k25sys.data.geometry import (
     sample_frames,
     timestamp,
 )
-from k25sys.data.images import Source, normalised_patches, resize_and_pad, source_name
-from k25sys.errors import ArgumentTypeError, FileFormatError, OptionalPackageError, message
+from k25sys.data.images import Source, normalised_patches, opened_file, resize_and_pad, source_name
+from k25sys.errors import FileFormatError, OptionalPackageError, message
 
 if TYPE_CHECKING:
     import av
@@ -102,33 +101,29 @@ def read_video_info(source: Source, limits: MediaLimits = RELEASED_LIMITS) -> Vi
 
 @contextmanager
 def _opened(source: Any, name: str, limits: MediaLimits) -> "Iterator[tuple[InputContainer, VideoStream]]":
-    """The container and its first video stream. Faults of FFmpeg inside the with block are errors that name the file."""
+    """A container and its first video stream; FFmpeg's faults in the with block become errors that name the file."""
     try:
         import av
+        from av.error import FFmpegError
+        from av.stream import Disposition
     except ImportError as error:
         hint = "pip install 'k25sys[media]'"
         raise OptionalPackageError(message("preprocess_video", "package", "no PyAV", "av >= 14", hint)) from error
-    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "seek"):
-        raise ArgumentTypeError(message("preprocess_video", "source", type(source).__name__, "a path or a binary file"))
     # FFmpeg gets the open file, not its name, and no protocol: a playlist must not open other files or addresses.
-    file = open(source, "rb") if isinstance(source, (str, os.PathLike)) else source
-    try:
-        file.seek(0)
-        with av.open(file, options={"protocol_whitelist": "none"}) as container:
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-            if not streams:
-                hint = "it is of another kind, or cut before its index"
-                raise FileFormatError(message("preprocess_video", name, "no video stream", _ACCEPTED, hint))
-            stream = streams[0]
-            _check_size(name, stream.codec_context.height, stream.codec_context.width, limits)
-            stream.thread_type = "AUTO"
-            yield container, stream
-    except av.FFmpegError as error:
-        hint = "it is of another kind, cut short or damaged"
-        raise FileFormatError(message("preprocess_video", name, str(error), _ACCEPTED, hint)) from error
-    finally:
-        if file is not source:
-            file.close()
+    with opened_file("preprocess_video", "source", source, "a path or a binary file") as file:
+        try:
+            with av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
+                streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+                if not streams:
+                    hint = "it is of another kind, or cut before its index"
+                    raise FileFormatError(message("preprocess_video", name, "no video stream", _ACCEPTED, hint))
+                stream = streams[0]
+                _check_size(name, stream.codec_context.height, stream.codec_context.width, limits)
+                stream.thread_type = "AUTO"
+                yield container, stream
+        except (FFmpegError, OSError) as error:  # a damaged file may make FFmpeg seek to before its beginning
+            got, hint = f"{type(error).__name__}: {error}", "it is of another kind, cut short or damaged"
+            raise FileFormatError(message("preprocess_video", name, got, _ACCEPTED, hint)) from error
 
 
 def _check_size(name: str, height: int, width: int, limits: MediaLimits) -> None:
@@ -138,7 +133,7 @@ def _check_size(name: str, height: int, width: int, limits: MediaLimits) -> None
 
 
 def _count_frames(source: Any, name: str, limits: MediaLimits) -> tuple[int, float]:
-    """Packets with a frame to show, and the average rate. Headers may lack the count or lie, so that nothing relies on it."""
+    """Packets with a frame to show, and the average rate. Headers may lack the count or lie: nothing relies on it."""
     times, last = [], 0.0
     with _opened(source, name, limits) as (container, stream):
         num_frames = 0

@@ -1,5 +1,5 @@
-"""transformers' Kimi-K2.5 processors as oracles. Their modules import torchvision, which has no wheel for every torch: the
-functions that matter are taken out of the source by name and run with torch's own resize, the one torchvision calls."""
+"""transformers' Kimi-K2.5 processors as oracles. Their modules import torchvision, whose wheels fit few torches:
+the functions that matter are taken from the source by name and run with torch's own resize, the one torchvision has."""
 
 import ast
 import functools

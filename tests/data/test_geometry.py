@@ -99,7 +99,7 @@ def test_wrong_limits(wrong, error, says: str) -> None:
 
 def test_wrong_sizes() -> None:
     for height, width, error in ((0, 5, ArgumentValueError), (5, -1, ArgumentValueError), (5.0, 5, ArgumentTypeError)):
-        with pytest.raises(error, match="plan_resize: (height|width): got"):
+        with pytest.raises(error, match=r"plan_resize: (height|width): got"):
             image_grid(height, width)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ArgumentValueError, match="num_frames: got 0"):
         sample_frames(0, 25.0)

@@ -190,7 +190,7 @@ def test_wrong_sources(wrong) -> None:
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(OptionalPackageError, match="Pillow.*pip install"):
+    with pytest.raises(OptionalPackageError, match=r"Pillow.*pip install"):
         preprocess_image("picture.png")
 
 
