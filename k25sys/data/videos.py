@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-_MISSING_SECONDS = 1.0  # how far a Matroska file may end before the time that its header gives
+# Files of these kinds record their length; cut short, they end early without a fault. How early is still sound?
+_FORMATS_WITH_LENGTH = ("matroska", "mov")
+_MISSING_SECONDS, _MISSING_SHARE, _MOST_MISSING = 0.1, 0.05, 1.0
 _ACCEPTED = "a video file that FFmpeg reads"
 
 
@@ -146,7 +148,8 @@ def _count_frames(source: Any, name: str, limits: MediaLimits) -> tuple[int, flo
                 num_frames += 1
                 times.append(float(packet.pts * packet.time_base))
         length = (container.duration or 0) / 1e6
-        if "matroska" in container.format.name and last < length - _MISSING_SECONDS:
+        allowed = min(_MISSING_SECONDS + _MISSING_SHARE * length, _MOST_MISSING)
+        if any(kind in container.format.name for kind in _FORMATS_WITH_LENGTH) and last < length - allowed:
             got = f"an end at {last:.3f} s where its header says {length:.3f} s"
             raise FileFormatError(message("preprocess_video", name, got, _ACCEPTED, "it is cut short"))
         rate = stream.average_rate
