@@ -39,6 +39,18 @@ class MediaCountError(ValueError):
     """The media_pad positions of the tokens are not as many as the rows that the media encode to."""
 
 
+class FileFormatError(ValueError):
+    """A file is not what its reader takes: of another kind, cut short, damaged, empty or too large."""
+
+
+class ChatFormatError(ValueError):
+    """A conversation, or a model's reply in one, does not keep to the chat format."""
+
+
+class OptionalPackageError(ImportError):
+    """A package that only some users need is not installed."""
+
+
 class ExtensionMissingError(ImportError):
     """The native extension k25sys._C was not built or cannot be loaded."""
 

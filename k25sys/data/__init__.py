@@ -1,0 +1,70 @@
+"""What goes into the model: pictures and videos as patches, text and conversations as tokens. Knows no model.
+
+Pictures need Pillow and videos PyAV (`pip install 'k25sys[media]'`); the released vocabulary needs tiktoken
+(`k25sys[tiktoken]`).
+"""
+
+from k25sys.data.chat import (
+    AssistantTurn,
+    ChatTokens,
+    ImagePart,
+    SystemTurn,
+    ToolCall,
+    ToolTurn,
+    UserTurn,
+    VideoPart,
+    parse_reply,
+    render_chat,
+)
+from k25sys.data.geometry import (
+    RELEASED_LIMITS,
+    MediaLimits,
+    ResizePlan,
+    image_grid,
+    plan_resize,
+    sample_frames,
+    timestamp,
+    video_grids,
+)
+from k25sys.data.images import preprocess_image, read_image_size
+from k25sys.data.tokenizer import (
+    RELEASED_SPECIAL_TOKENS,
+    SPECIAL_LITERALS,
+    ByteTokenizer,
+    SpecialTokens,
+    TiktokenTokenizer,
+    Tokenizer,
+)
+from k25sys.data.videos import VideoInfo, preprocess_video, read_video_info
+
+__all__ = [
+    "RELEASED_LIMITS",
+    "RELEASED_SPECIAL_TOKENS",
+    "SPECIAL_LITERALS",
+    "AssistantTurn",
+    "ByteTokenizer",
+    "ChatTokens",
+    "ImagePart",
+    "MediaLimits",
+    "ResizePlan",
+    "SpecialTokens",
+    "SystemTurn",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "ToolCall",
+    "ToolTurn",
+    "UserTurn",
+    "VideoInfo",
+    "VideoPart",
+    "image_grid",
+    "parse_reply",
+    "plan_resize",
+    "preprocess_image",
+    "preprocess_video",
+    "read_image_size",
+    "read_video_info",
+    "render_chat",
+    "sample_frames",
+    "timestamp",
+    "video_grids",
+]
