@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(kSwigluThreads, kSwigluBlocks) swiglu_backward
 constexpr int kSwigluRowWarps = 8;  // of a block; each works on a row
 
 template <class Element, bool kVectorized>
-__global__ void __launch_bounds__(kSwigluRowWarps* kWarpSize)
-    weighted_swiglu_grads_kernel(WeightedSwigluBackward p) {
+__global__ void __launch_bounds__(kSwigluRowWarps* kWarpSize) weighted_swiglu_grads_kernel(WeightedSwigluBackward p) {
   using Scalar = ScalarOf<Element>;
   constexpr int kCount = kPerAccess<Element, kVectorized>;
   const int lane = int(threadIdx.x) % kWarpSize;

@@ -32,9 +32,7 @@ TEXTS = st.text(max_size=30) | st.lists(st.sampled_from([*SPECIAL_LITERALS.value
 NAMES = st.from_regex(r"[A-Za-z_][\w.-]{0,8}", fullmatch=True).filter(str.isascii)
 JSON = st.dictionaries(TEXTS, TEXTS | st.integers() | st.lists(TEXTS, max_size=2), max_size=3).map(json.dumps)
 CALLS = st.builds(ToolCall, name=NAMES, index=st.integers(0, 99), arguments=JSON)
-REPLIES = st.builds(
-    AssistantTurn, text=TEXTS, thinking=TEXTS, tool_calls=st.lists(CALLS, max_size=3).map(tuple)
-)
+REPLIES = st.builds(AssistantTurn, text=TEXTS, thinking=TEXTS, tool_calls=st.lists(CALLS, max_size=3).map(tuple))
 WEATHER = ToolCall(name="get_weather", index=0, arguments='{"city": "Beijing"}')
 
 
@@ -178,7 +176,7 @@ def test_replies_come_back(turn: AssistantTurn) -> None:
     assert parse_reply(chat.token_ids[start:], TOKENIZER, prompt=mode) == turn
 
 
-CALL = '<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>'
+CALL = "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
 END = "<|tool_calls_section_end|><|im_end|>"
 
 
@@ -195,8 +193,14 @@ END = "<|tool_calls_section_end|><|im_end|>"
         ("</think>" + CALL, r"got the end, accepted <\|tool_calls_section_end\|>; the reply was cut"),
         ("</think>" + CALL + "<|im_end|>", r"got <\|im_end\|>, accepted <\|tool_calls_section_end\|>"),
         ("</think>" + CALL + END.replace("<|im_end|>", "x<|im_end|>"), r"got text 'x', accepted <\|im_end\|>"),
-        ("</think><|tool_calls_section_begin|>" + END, r"got <\|tool_calls_section_end\|>, accepted <\|tool_call_begin"),
-        ("</think>" + CALL.replace("functions.f:0", "f") + END, r"token 3: got 'f', accepted functions\.<name>:<index>"),
+        (
+            "</think><|tool_calls_section_begin|>" + END,
+            r"got <\|tool_calls_section_end\|>, accepted <\|tool_call_begin",
+        ),
+        (
+            "</think>" + CALL.replace("functions.f:0", "f") + END,
+            r"token 3: got 'f', accepted functions\.<name>:<index>",
+        ),
         ("</think>" + CALL.replace(":0", ":-1") + END, r"got 'functions\.f:-1'"),
         ("</think>" + CALL.replace("<|tool_call_argument_begin|>", "") + END, r"accepted functions\.<name>:<index>"),
         ("</think>" + CALL.replace("{}", "{'a': 1}") + END, r"arguments: got \"\{'a': 1\}\""),
@@ -226,7 +230,15 @@ def test_any_ids_parse_or_are_refused(ids: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "index", "arguments"),
-    [("a b", 0, "{}"), ("", 0, "{}"), ("f", -1, "{}"), ("f", True, "{}"), ("f:1", 0, "{}"), ("f", 0, "[]"), ("f", 0, "{")],
+    [
+        ("a b", 0, "{}"),
+        ("", 0, "{}"),
+        ("f", -1, "{}"),
+        ("f", True, "{}"),
+        ("f:1", 0, "{}"),
+        ("f", 0, "[]"),
+        ("f", 0, "{"),
+    ],
 )
 def test_wrong_calls(name: str, index: int, arguments: str) -> None:
     with pytest.raises(ChatFormatError, match="ToolCall: (id|arguments): got"):  # noqa: RUF043
@@ -247,7 +259,13 @@ def test_wrong_conversations() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "pixels"),
-    [([[1, 3, 2]], None), ([[2, 2, 2]], None), ([[1, 0, 2]], None), ([[1, 2, 2]] * 2, None), ([[1, 2, 2]], (5, 3, 14, 14))],
+    [
+        ([[1, 3, 2]], None),
+        ([[2, 2, 2]], None),
+        ([[1, 0, 2]], None),
+        ([[1, 2, 2]] * 2, None),
+        ([[1, 2, 2]], (5, 3, 14, 14)),
+    ],
 )
 def test_wrong_pictures(grid: list[list[int]], pixels: tuple[int, ...] | None) -> None:
     with pytest.raises(ArgumentValueError, match="ImagePart: (grid_thw|pixel_values): got"):  # noqa: RUF043

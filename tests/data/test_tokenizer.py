@@ -13,8 +13,23 @@ from k25sys.data import RELEASED_SPECIAL_TOKENS, SPECIAL_LITERALS, ByteTokenizer
 from k25sys.data.tokenizer import _parts
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, FileFormatError, OptionalPackageError
 
-TEXTS = st.text(max_size=60) | st.lists(st.sampled_from([*SPECIAL_LITERALS.values(), "a", " ", "的", "\n"])).map("".join)
-MERGES = (b"th", b"the", b" the", b"in", b"ing", "的".encode()[:2], "的".encode(), b"<|", b"im_", b"12", b"123", b"1234")
+TEXTS = st.text(max_size=60) | st.lists(st.sampled_from([*SPECIAL_LITERALS.values(), "a", " ", "的", "\n"])).map(
+    "".join
+)
+MERGES = (
+    b"th",
+    b"the",
+    b" the",
+    b"in",
+    b"ing",
+    "的".encode()[:2],
+    "的".encode(),
+    b"<|",
+    b"im_",
+    b"12",
+    b"123",
+    b"1234",
+)
 
 
 def write_ranks(path: Path, tokens: tuple[bytes, ...] = MERGES, *, fill_to: int = 0) -> Path:
@@ -114,7 +129,9 @@ def test_the_released_split(tmp_path: Path) -> None:
     assert pieces("the's") == [b"the's"]
 
 
-@given(runs=st.lists(st.tuples(st.sampled_from("a \n"), st.sampled_from((1, 24_999, 25_000, 25_001, 60_000))), max_size=6))
+@given(
+    runs=st.lists(st.tuples(st.sampled_from("a \n"), st.sampled_from((1, 24_999, 25_000, 25_001, 60_000))), max_size=6)
+)
 @example(runs=[("a", 390_000), (" ", 20_000), ("a", 55_000)])
 def test_long_texts_are_cut_as_released(runs: list[tuple[str, int]]) -> None:
     text = "".join(character * count for character, count in runs)
