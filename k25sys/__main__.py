@@ -1,8 +1,15 @@
-"""Command line of the package: `python -m k25sys {doctor, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, convert, verify}`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from k25sys.data import ChatTokens, Tokenizer
+    from k25sys.models import KimiK25
 
 
 def main() -> int:
@@ -10,6 +17,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m k25sys", description="k25sys, a systems library for training")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="check this machine and the installation; exit 0 when both are fit")
+    generate = commands.add_parser("generate", help="answer a prompt of text, pictures and videos")
+    generate.add_argument("prompt", metavar="TEXT")
+    generate.add_argument("--image", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
+    generate.add_argument("--video", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
+    source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
+    generate.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
+    generate.add_argument("--max-new-tokens", type=int, default=16)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
     convert = commands.add_parser("convert", help="rewrite a checkpoint in another layout, tensor by tensor")
     convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, in any layout")
     convert.add_argument("folder", metavar="DST", help="a new folder")
@@ -21,13 +40,85 @@ def main() -> int:
     verify = commands.add_parser("verify", help="exit 0 when a checkpoint is intact, else name the files at fault")
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
-    return {"doctor": _doctor, "convert": _convert, "verify": _verify}[arguments.command](arguments)
+    commands_by_name = {"doctor": _doctor, "generate": _generate, "convert": _convert, "verify": _verify}
+    return commands_by_name[arguments.command](arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from k25sys.doctor import run_doctor
 
     return run_doctor()
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    def run() -> str:
+        import torch
+
+        from k25sys.models import generate
+
+        model, tokenizer = _model_and_tokenizer(arguments)
+        chat = _chat(arguments, tokenizer)
+        with torch.no_grad():
+            logits = model(torch.tensor([chat.token_ids]), chat.pixel_values, chat.grid_thw)
+        clips = 0 if chat.grid_thw is None else len(chat.grid_thw)
+        print(f"prompt: {len(chat.token_ids)} tokens, {clips} clips; logits {tuple(logits.shape)}, {logits.dtype}")
+        (sample,) = generate(
+            model, [chat.token_ids], max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+            top_p=arguments.top_p, generator=torch.Generator().manual_seed(arguments.seed),
+            pixel_values=chat.pixel_values, grid_thw=chat.grid_thw,
+        )  # fmt: skip
+        known = [token for token in sample.token_ids if token < tokenizer.vocab_size]
+        padding = len(sample.token_ids) - len(known)  # a model's table may be longer than its vocabulary
+        print(
+            f"answer: {len(sample.token_ids)} tokens ({padding} of no text), log-probability {sum(sample.logprobs):.3f}"
+        )
+        return tokenizer.decode(known)
+
+    return _reported("generate", run)
+
+
+def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Tokenizer]":
+    import torch
+
+    from k25sys.checkpoint import load_hf, read_config
+    from k25sys.data import ByteTokenizer, TiktokenTokenizer
+    from k25sys.models import KimiK25
+    from k25sys.models.presets import preset
+
+    config = read_config(arguments.checkpoint) if arguments.checkpoint else preset(arguments.preset)
+    with torch.device("meta"):
+        need = sum(4 * value.numel() for value in KimiK25(config).parameters())
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ValueError(f"the model needs {need / 1e9:.0f} GB in float32, this machine has {have / 1e9:.0f}")
+    model = KimiK25(config, generator=torch.Generator().manual_seed(arguments.seed))
+    if arguments.checkpoint:
+        load_hf(model, arguments.checkpoint)
+    released = Path(arguments.checkpoint or "", "tiktoken.model")
+    file = arguments.tokenizer or (released if arguments.checkpoint and released.is_file() else None)
+    tokenizer = TiktokenTokenizer(file) if file else ByteTokenizer()
+    if tokenizer.special.media_pad != config.tokens.media_pad:
+        raise ValueError(
+            f"the tokenizer's media_pad is {tokenizer.special.media_pad}, the model's {config.tokens.media_pad}: "
+            "pass the model's --tokenizer"
+        )
+    return model, tokenizer
+
+
+def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens":
+    from k25sys.data import ImagePart, UserTurn, VideoPart, preprocess_image, preprocess_video, render_chat, sample_file
+
+    def path_of(name: str) -> Path:
+        return sample_file(name.removeprefix("sample:")) if name.startswith("sample:") else Path(name)
+
+    content: list[str | ImagePart | VideoPart] = []
+    for name in arguments.image:
+        pixels, grid = preprocess_image(path_of(name))
+        content.append(ImagePart(pixel_values=pixels, grid_thw=grid))
+    for name in arguments.video:
+        pixels, grid, timestamps = preprocess_video(path_of(name))
+        content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
+    return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -40,20 +131,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         return f"{arguments.folder}: written"
 
-    return _one_line("convert", run)
+    return _reported("convert", run)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from k25sys.checkpoint import verify_folder
 
-    return _one_line("verify", lambda: f"{arguments.folder}: intact: {verify_folder(arguments.folder)}")
+    return _reported("verify", lambda: f"{arguments.folder}: intact: {verify_folder(arguments.folder)}")
 
 
-def _one_line(command: str, run: Callable[[], str]) -> int:
+def _reported(command: str, run: Callable[[], str]) -> int:
     """Prints what `run` returns; of an error of the input or of the disk, one line. Returns the exit status."""
     try:
         print(run())
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0

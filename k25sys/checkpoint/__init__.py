@@ -11,7 +11,7 @@ from k25sys.checkpoint.int4 import (
     quantize_int4,
     unpack_int4,
 )
-from k25sys.checkpoint.load import load_hf
+from k25sys.checkpoint.load import load_hf, read_config
 from k25sys.checkpoint.save import released_tensors, save_hf
 from k25sys.checkpoint.store import publish, read_manifest, verify_manifest
 from k25sys.checkpoint.verify import verify_folder
@@ -26,6 +26,7 @@ __all__ = [
     "pack_int4",
     "publish",
     "quantize_int4",
+    "read_config",
     "read_manifest",
     "released_tensors",
     "save_hf",

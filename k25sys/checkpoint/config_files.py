@@ -9,6 +9,7 @@ from k25sys.errors import ConfigError, message
 from k25sys.models.config import KimiK25Config, VisionConfig
 
 _ROPE_THETA = 10000.0  # of the encoder's rotations; the released form says it nowhere
+CONFIG = "config.json"
 LAYOUTS = ("released", "transformers")
 
 

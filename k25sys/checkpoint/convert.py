@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from k25sys.checkpoint.config_files import config_json, quantization_config
+from k25sys.checkpoint.config_files import CONFIG, config_json, quantization_config
 from k25sys.checkpoint.safetensors import INDEX, PICKLES, SafetensorsFolder, read_json
-from k25sys.checkpoint.save import CONFIG, SHARD_BYTES, write_hf
+from k25sys.checkpoint.save import SHARD_BYTES, write_hf
 from k25sys.checkpoint.sources import FolderSource
 from k25sys.checkpoint.store import MANIFEST, verify_manifest
 from k25sys.models.config import KimiK25Config

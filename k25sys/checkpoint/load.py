@@ -6,10 +6,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from k25sys.checkpoint.config_files import CONFIG
 from k25sys.checkpoint.int4 import Int4Origin, dequantize_int4
-from k25sys.checkpoint.safetensors import SafetensorsFolder
+from k25sys.checkpoint.safetensors import SafetensorsFolder, read_json
 from k25sys.checkpoint.sources import FolderSource, ModelSource
 from k25sys.checkpoint.store import MANIFEST, verify_manifest
+from k25sys.models.config import KimiK25Config
+
+
+def read_config(folder: str | os.PathLike[str]) -> KimiK25Config:
+    """The model that the config.json of a folder describes.
+
+    Raises:
+        CheckpointError, ConfigError: no such file, no JSON, or no model of this kind.
+    """
+    return KimiK25Config.from_hf_config(read_json(Path(folder) / CONFIG))
 
 
 def load_hf(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = True) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k25sys.checkpoint.config_files import LAYOUTS, config_json
+from k25sys.checkpoint.config_files import CONFIG, LAYOUTS, config_json
 from k25sys.checkpoint.int4 import GROUP, check_scale_rule, quantize_int4
 from k25sys.checkpoint.safetensors import ShardWriter
 from k25sys.checkpoint.sources import FLOATS, ModelSource, Source
@@ -29,7 +29,6 @@ from k25sys.models.key_maps import (
 
 EXPERTS = ("bf16", "int4")
 SHARD_BYTES = 5 * 10**9
-CONFIG = "config.json"
 
 
 def released_tensors(config: KimiK25Config, *, experts: str = "int4") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

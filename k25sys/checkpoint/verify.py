@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from k25sys.checkpoint.config_files import CONFIG
 from k25sys.checkpoint.safetensors import SafetensorsFolder, read_json
-from k25sys.checkpoint.save import CONFIG
 from k25sys.checkpoint.sources import FolderSource
 from k25sys.checkpoint.store import MANIFEST, verify_manifest
 from k25sys.errors import CheckpointError, listing

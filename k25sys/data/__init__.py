@@ -27,6 +27,7 @@ from k25sys.data.geometry import (
     video_grids,
 )
 from k25sys.data.images import preprocess_image, read_image_size
+from k25sys.data.samples import SAMPLES, sample_file
 from k25sys.data.tokenizer import (
     RELEASED_SPECIAL_TOKENS,
     SPECIAL_LITERALS,
@@ -40,6 +41,7 @@ from k25sys.data.videos import VideoInfo, preprocess_video, read_video_info
 __all__ = [
     "RELEASED_LIMITS",
     "RELEASED_SPECIAL_TOKENS",
+    "SAMPLES",
     "SPECIAL_LITERALS",
     "AssistantTurn",
     "ByteTokenizer",
@@ -64,6 +66,7 @@ __all__ = [
     "read_image_size",
     "read_video_info",
     "render_chat",
+    "sample_file",
     "sample_frames",
     "timestamp",
     "video_grids",
