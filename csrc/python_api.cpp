@@ -112,13 +112,11 @@ void bind_linear_loss(py::module_& module) {
   module.def(
       "linear_grads",
       [](Address hidden, Address head, Address targets, Address log_sums, Address slopes, Address logits,
-         Address grad_logits, Address grad_hidden, Address grad_head, Address grad_head_low, bool first, bool last,
-         int64_t num_tokens, int64_t vocab, int64_t vocab_start, int64_t dim, int dtype, int grad_head_dtype,
-         int num_threads) {
+         Address grad_hidden, Address grad_head, Address grad_head_low, bool first, bool last, int64_t num_tokens,
+         int64_t vocab, int64_t vocab_start, int64_t dim, int dtype, int grad_head_dtype, int num_threads) {
         cpu::linear_grads({at<void>(hidden), at<void>(head), at<int64_t>(targets), at<void>(log_sums), at<void>(slopes),
-                           at<void>(logits), at<void>(grad_logits), at<void>(grad_hidden), at<void>(grad_head),
-                           at<uint16_t>(grad_head_low), first, last, num_tokens, vocab, vocab_start, dim, DType(dtype),
-                           DType(grad_head_dtype)},
+                           at<void>(logits), at<void>(grad_hidden), at<void>(grad_head), at<uint16_t>(grad_head_low),
+                           first, last, num_tokens, vocab, vocab_start, dim, DType(dtype), DType(grad_head_dtype)},
                           num_threads);
       },
       release());

@@ -13,14 +13,16 @@ constexpr int64_t units_of(int64_t elements) {
 constexpr int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 constexpr int64_t at_least(int64_t value, int64_t limit) { return value > limit ? value : limit; }
 
-// Rows of a matrix, or rows of tokens picked through a plan: row m is base + (slots ? slots[m] / top_k : m) * cols.
+// Rows of a matrix, or rows of tokens picked through a plan: row m is number slots[m] / top_k, or m without slots. Rows
+// are `stride` elements apart, or as far as they are long.
 template <class Element>
 struct Rows {
   const Element* base;
   int64_t cols;
   const int32_t* slots = nullptr;
   int top_k = 1;
-  const Element* operator[](int64_t row) const { return base + (slots ? slots[row] / top_k : row) * cols; }
+  int64_t stride = cols;
+  const Element* operator[](int64_t row) const { return base + (slots ? slots[row] / top_k : row) * stride; }
 };
 
 // Columns v * lanes ... of a panel, for each of its vectors: where they start in the matrix and how many exist.

@@ -25,8 +25,7 @@ struct LinearGrads {
   const int64_t* targets;   // (T)
   const void* log_sums;     // (T) S: log of the sum of exp(logits) over the whole vocabulary
   const void* slopes;       // (T) S: derivative of the loss by the log-probability
-  const void* logits_VT;    // (V, T) S
-  void* grad_logits_VT;     // (V, T) of dtype; may be logits_VT where dtype is not bf16
+  void* logits_VT;          // (V, T) S; overwritten by their gradient of dtype, each row where its logits begin
   void* grad_hidden;        // (T, D)
   void* grad_head;          // (V, D) of grad_head_dtype
   uint16_t* grad_head_low;  // (V, D): the lower halves of f32 sums whose upper halves are in a bf16 grad_head; or null

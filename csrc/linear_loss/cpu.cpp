@@ -25,18 +25,24 @@ struct SplitSink {
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t at = row * row_length + v * lanes, count = at_most(lanes, valid - v * lanes);
       if (count <= 0) return;
-      U16V upper{}, lower{};
-      if (!first) {
-        std::memcpy(&upper, high + at, size_t(count) * 2);
-        std::memcpy(&lower, low + at, size_t(count) * 2);
+      if (count == lanes) {  // of a size known here: no calls
+        add(high + at, low + at, sums[v], sizeof(U16V));
+      } else {
+        add(high + at, low + at, sums[v], size_t(count) * 2);
       }
-      const F32V old = (F32V)(__builtin_convertvector(upper, U32V) << 16 | __builtin_convertvector(lower, U32V));
-      const F32V sum = first ? sums[v] : old + sums[v];
-      upper = last ? narrow(sum) : __builtin_convertvector((U32V)sum >> 16, U16V);
-      lower = __builtin_convertvector((U32V)sum & 0xffffu, U16V);
-      std::memcpy(static_cast<void*>(high + at), &upper, size_t(count) * 2);
-      if (!last) std::memcpy(low + at, &lower, size_t(count) * 2);
     }
+  }
+  K25_INLINE void add(Bf16* to, uint16_t* rest, F32V sum, size_t bytes) const {
+    U16V upper{}, lower{};
+    if (!first) {
+      std::memcpy(&upper, to, bytes);
+      std::memcpy(&lower, rest, bytes);
+      sum += (F32V)(__builtin_convertvector(upper, U32V) << 16 | __builtin_convertvector(lower, U32V));
+    }
+    upper = last ? narrow(sum) : __builtin_convertvector((U32V)sum >> 16, U16V);
+    lower = __builtin_convertvector((U32V)sum & 0xffffu, U16V);
+    std::memcpy(static_cast<void*>(to), &upper, bytes);
+    if (!last) std::memcpy(rest, &lower, bytes);
   }
 };
 
@@ -148,8 +154,8 @@ struct LinearLoss {
     const int64_t count = p.num_tokens;
     const auto* log_sums = static_cast<const S*>(p.log_sums);
     const auto* slopes = static_cast<const S*>(p.slopes);
-    const auto* logits = static_cast<const S*>(p.logits_VT);
-    auto* grad = static_cast<Element*>(p.grad_logits_VT);
+    auto* logits = static_cast<S*>(p.logits_VT);
+    const auto grad_row = [&](int64_t v) { return reinterpret_cast<Element*>(logits + v * count); };
     S chance[kRange];  // of each target in the range, saved before its logit may be overwritten
     for (int64_t first = 0; first < count; first += kRange) {
       const int64_t last = at_most(first + kRange, count);
@@ -161,20 +167,25 @@ struct LinearLoss {
         for (int64_t t = first; t < last; t += lanes) {
           const int64_t n = last - t;
           const Vector below = below_zero(load_partial(logits + v * count + t, n), load_partial(log_sums + t, n));
-          store_partial(grad + v * count + t, exp_below_zero(below) * -load_partial(slopes + t, n), n);
+          store_partial(grad_row(v) + t, exp_below_zero(below) * -load_partial(slopes + t, n), n);
         }
       }
       for (int64_t t = first; t < last; ++t) {
         const int64_t v = p.targets[t] - p.vocab_start;
-        if (v >= begin && v < end) store_scalar(grad + v * count + t, slopes[t] * (1 - chance[t - first]));
+        if (v >= begin && v < end) store_scalar(grad_row(v) + t, slopes[t] * (1 - chance[t - first]));
       }
     }
+  }
+
+  static Rows<Element> grad_rows(const LinearGrads& p) {
+    constexpr int64_t elements = sizeof(S) / sizeof(Element);  // of the gradient in the place of one logit
+    return {static_cast<const Element*>(p.logits_VT), p.num_tokens, nullptr, 1, elements * p.num_tokens};
   }
 
   template <class SinkAt>
   static void head_grad_of_range(const LinearGrads& p, int64_t begin, int64_t end, const Unit* hidden,
                                  const SinkAt& sink_at) {
-    const Rows<Element> grad{static_cast<const Element*>(p.grad_logits_VT), p.num_tokens};
+    const Rows<Element> grad = grad_rows(p);
     multiply_packed<Math>(grad, begin, end, p.num_tokens, p.dim, hidden, sink_at);
   }
 
@@ -207,7 +218,7 @@ struct LinearLoss {
       if (p.grad_head) head_grad(p, begin, end, hidden.get());
     });
     if (!p.grad_hidden) return;
-    const Rows<Element> grad{static_cast<const Element*>(p.grad_logits_VT), p.num_tokens};
+    const Rows<Element> grad = grad_rows(p);
     const Rows<Element> head{static_cast<const Element*>(p.head), p.dim};
     const int64_t most = num_threads <= 1 ? at_least(p.dim, 1) : kSharedColumns;
     parallel_for((p.dim + most - 1) / most, num_threads, [&](int64_t i) {

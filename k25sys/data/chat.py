@@ -3,6 +3,7 @@
 Source: spec section 1.5. A turn is im_<role> NAME im_middle CONTENT im_end; tools are declared in a first system turn.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -266,8 +267,10 @@ class _Reader:
         token = self.next()
         if token is None:
             return "the end"
-        name = self.names.get(token)
-        return SPECIAL_LITERALS[name] if name else f"text {self.tokenizer.decode(self.ids[self.position :][:20])!r}"
+        if token in self.names:
+            return SPECIAL_LITERALS[self.names[token]]
+        text = itertools.takewhile(lambda t: t not in self.names, self.ids[self.position : self.position + 20])
+        return f"text {self.tokenizer.decode(text)!r}"
 
     def text(self) -> str:
         """The text up to the next special token."""

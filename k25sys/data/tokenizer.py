@@ -102,7 +102,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of `text`. With `allow_special`, the literal of a special token (see SPECIAL_LITERALS) becomes the token."""
+        """Ids of `text`; with `allow_special`, literals of special tokens (SPECIAL_LITERALS) become those tokens."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -32,7 +32,7 @@ from k25sys.ops.policy_loss import (
     token_weights,
 )
 
-_CPU_CHUNK = 126  # tokens: rows of a register tile divide it, and what multiplies the head stays in the cache
+_CPU_CHUNK = 192  # tokens: rows of a register tile divide it, and what multiplies the head stays in the cache
 _CUDA_CHUNK = 1024
 
 
@@ -178,11 +178,11 @@ def _ranges(count: int, size: int) -> Iterator[tuple[slice, bool, bool]]:
 
 
 def _run_chunk_on_cpu(
-    work: _Work, buffers: tuple[Tensor, Tensor], hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
+    work: _Work, logits: Tensor, hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
     at: Tensor, grad_hidden: Tensor | None, first: bool, last: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, threads = native.cpu_only("linear_loss", hidden.device), torch.get_num_threads()
-    head, (logits, grad_logits) = work.head, buffers
+    head = work.head
     sizes = (hidden.shape[0], head.shape[0], work.vocab_start, head.shape[1], native.DTYPE_CODES[head.dtype])
     stats = tokens[-1].new_empty((hidden.shape[0], 4))
     kernels.linear_logits(
@@ -192,14 +192,14 @@ def _run_chunk_on_cpu(
     if grad_hidden is not None or work.grad_head is not None:
         kernels.linear_grads(
             hidden.data_ptr(), head.data_ptr(), targets.data_ptr(), log_sums.data_ptr(), slopes.data_ptr(),
-            logits.data_ptr(), grad_logits.data_ptr(), native.address(grad_hidden), native.address(work.grad_head),
+            logits.data_ptr(), native.address(grad_hidden), native.address(work.grad_head),
             native.address(work.grad_head_low), first, last, *sizes, sizes[-1], threads,
         )  # fmt: skip
     return losses, logprobs, entropies
 
 
 def _run_chunk_on_cuda(
-    work: _Work, _: tuple[Tensor, Tensor], hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
+    work: _Work, _: Tensor, hidden: Tensor, targets: Tensor, tokens: tuple[Tensor, ...],
     at: Tensor, grad_hidden: Tensor | None, first: bool, last: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels, where = native.kernels("linear_loss", hidden.device), native.where(hidden.device)
@@ -244,7 +244,6 @@ def _run(
         work.grad_head.zero_()
     rows = min(chunk, count) if on_cpu else 0
     logits = native.empty((head.shape[0], rows), head, dtype)
-    buffers = logits, logits if dtype == head.dtype else native.empty(logits.shape, head)
     run: Callable[..., tuple[Tensor, ...]] = _run_chunk_on_cpu if on_cpu else _run_chunk_on_cuda
     results = weights.new_zeros((3, count))  # losses, log-probabilities, entropies
     for at, first, last in _ranges(count, chunk):
@@ -252,7 +251,7 @@ def _run(
         rows_TD = hidden[here]
         grad = torch.empty_like(rows_TD) if needs[0] else None
         mine = tuple(value[at] for value in tokens)
-        results[:, at] = torch.stack(run(work, buffers, rows_TD, targets[at], mine, here, grad, first, last))
+        results[:, at] = torch.stack(run(work, logits, rows_TD, targets[at], mine, here, grad, first, last))
         if grad is not None and work.grad_hidden is not None:
             work.grad_hidden[here] = grad
     if process_group is not None and work.grad_hidden is not None:

@@ -61,8 +61,12 @@ def test_combine(isa: str, case: MoeCase) -> None:
     exact = values_and_gradients(
         lambda y, w: ops.reference_combine(y, w, plan), t.rows_MD.double(), t.weights_TK.double()
     )
-    for a, b in zip(ours, exact, strict=True):
+    for a, b in zip(ours[:2], exact[:2], strict=True):
         assert relative_error(a, b) <= tolerance(case.dtype)
+    # A routing weight's gradient is a product of two vectors, whose terms may cancel: rounding is relative to them.
+    upstream = torch.arange(ours[0].numel()).sin().view_as(exact[0])
+    sizes = t.rows_MD.double().norm(dim=1)[plan.row_of_slot_TK.long()] * upstream.norm(dim=1)[:, None]
+    assert ((ours[2] - exact[2]).abs() <= tolerance(case.dtype) * sizes).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
