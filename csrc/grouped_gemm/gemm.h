@@ -79,12 +79,8 @@ void multiply_expert_rows(const Rows<typename Math::Element>& a, int64_t row_beg
   for (int64_t first = row_begin; first < row_end; first += chunk) {
     const int64_t rows = at_most(chunk, row_end - first);
     for (int64_t r = 0; r < rows; ++r) {
-      if (in_place) {
-        pointers[r] = reinterpret_cast<const Unit*>(a[first + r]);
-      } else {
-        pack_row<Math>(row_space + r * num_units, a[first + r], 0, depth);
-        pointers[r] = row_space + r * num_units;
-      }
+      pointers[r] = in_place ? reinterpret_cast<const Unit*>(a[first + r]) : row_space + r * num_units;
+      if (!in_place) pack_row<Math>(row_space + r * num_units, a[first + r], 0, depth);
     }
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     bool is_packed = kept != nullptr;
