@@ -5,9 +5,12 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k25sys import build_info
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,34 @@ def _checks() -> Iterator[Check]:
         )
 
 
+def _compare(
+    limit: float, ours: "Callable[..., Tensor]", reference: "Callable[..., Tensor]", *inputs: "Tensor"
+) -> tuple[float, float]:
+    """Largest difference of values and gradients, relative to the largest value."""
+    import torch
+
+    results = []
+    for function in (ours, reference):
+        value = function(*inputs)
+        upstream = torch.arange(value.numel()).sin().view_as(value)
+        results.append([value.detach(), *torch.autograd.grad(value, inputs, upstream)])
+    pairs = zip(*results, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-20)) for a, b in pairs), limit
+
+
+def _fp8(x_MK: "Tensor", y_NK: "Tensor") -> tuple[float, float]:
+    """The quantiser's codes, and the error of a product of them."""
+    import torch
+
+    from k25sys import ops
+
+    a, b = ops.quantize_fp8(x_MK, (1, 128)), ops.quantize_fp8(y_NK, (128, 128))
+    exact = ops.reference_fp8_gemm(*a, *b, out_dtype=torch.float64)
+    ours = ops.fp8_gemm(*a, *b, out_dtype=torch.float32).double()
+    same = torch.equal(a[0].float(), ops.reference_quantize_fp8(x_MK, (1, 128))[0].float())
+    return float((ours - exact).abs().max() / exact.abs().max()) if same else float("inf"), 1e-5
+
+
 def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
     import torch
     from torch import Tensor
@@ -85,20 +116,6 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).requires_grad_()
-
-    def compare(
-        limit: float, ours: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor
-    ) -> tuple[float, float]:
-        """Largest difference of values and gradients, relative to the largest value."""
-        worst = 0.0
-        results = []
-        for function in (ours, reference):
-            value = function(*inputs)
-            upstream = torch.arange(value.numel()).sin().view_as(value)
-            results.append([value.detach(), *torch.autograd.grad(value, inputs, upstream)])
-        for a, b in zip(*results, strict=True):
-            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-20)))
-        return worst, limit
 
     def plans() -> tuple[float, float]:
         pairs = zip(plan, ops.reference_plan_dispatch(experts_TK, 5), strict=True)
@@ -117,57 +134,50 @@ def _self_tests() -> dict[str, Callable[[], tuple[float, float]]]:
     tokens = (targets_T, old_T, weights_TK[:, 0].detach(), mask_T)
     bounds: dict[str, Any] = {"log_low": -0.5, "log_high": 0.5, "tau": 0.1}
 
-    def fp8() -> tuple[float, float]:
-        a, b = (ops.quantize_fp8(v.detach(), block) for v, block in ((x_TD, (1, 128)), (head_VD, (128, 128))))
-        exact = ops.reference_fp8_gemm(*a, *b, out_dtype=torch.float64)
-        ours = ops.fp8_gemm(*a, *b, out_dtype=torch.float32).double()
-        same = torch.equal(a[0].float(), ops.reference_quantize_fp8(x_TD.detach(), (1, 128))[0].float())
-        return float((ours - exact).abs().max() / exact.abs().max()) if same else float("inf"), 1e-5
-
     return {
-        "fp8": fp8,
-        "grouped_gemm": lambda: compare(
+        "fp8": lambda: _fp8(x_TD.detach(), head_VD.detach()),
+        "grouped_gemm": lambda: _compare(
             1e-5,
             lambda a, b: ops.grouped_gemm(a, b, plan.offsets),
             lambda a, b: ops.reference_grouped_gemm(a, b, plan.offsets),
             rows_MD, normal(5, 24, 40),
         ),
-        "linear_clipped_log_ratio_loss": lambda: compare(
+        "linear_clipped_log_ratio_loss": lambda: _compare(
             1e-5,
             lambda h, w: ops.linear_clipped_log_ratio_loss(h, w, *tokens, **bounds)[0],
             lambda h, w: ops.reference_linear_clipped_log_ratio_loss(h, w, *tokens, **bounds),
             x_TD, head_VD,
         ),
-        "vocab_parallel_clipped_log_ratio_loss": lambda: compare(
+        "vocab_parallel_clipped_log_ratio_loss": lambda: _compare(
             1e-5,
             lambda h: ops.vocab_parallel_clipped_log_ratio_loss(h, *tokens, **bounds)[0],
             lambda h: ops.reference_vocab_parallel_clipped_log_ratio_loss(h, *tokens, **bounds),
             normal(23, 31),
         ),
-        "route_tokens": lambda: compare(
+        "route_tokens": lambda: _compare(
             1e-5,
             lambda z: ops.route_tokens(z, bias_E, **route)[0],
             lambda z: ops.reference_route_tokens(z, bias_E, **route)[0],
             logits_TE,
         ),
         "plan_dispatch": plans,
-        "dispatch": lambda: compare(
+        "dispatch": lambda: _compare(
             1e-6, lambda x: ops.dispatch(x, plan), lambda x: ops.reference_dispatch(x, plan), x_TD
         ),
-        "combine": lambda: compare(
+        "combine": lambda: _compare(
             1e-5,
             lambda y, w: ops.combine(y, w, plan),
             lambda y, w: ops.reference_combine(y, w, plan),
             rows_MD, weights_TK,
         ),
-        "swiglu": lambda: compare(1e-5, ops.swiglu, ops.reference_swiglu, rows_MD),
-        "expert_mlp": lambda: compare(
+        "swiglu": lambda: _compare(1e-5, ops.swiglu, ops.reference_swiglu, rows_MD),
+        "expert_mlp": lambda: _compare(
             1e-5,
             lambda x, g, d, w: ops.expert_mlp(x, g, d, w, experts_TK),
             lambda x, g, d, w: ops.reference_expert_mlp(x, g, d, w, experts_TK),
             x_TD, normal(5, 48, 40), normal(5, 40, 24), weights_TK,
         ),
-        "pool_temporal_patches": lambda: compare(
+        "pool_temporal_patches": lambda: _compare(
             1e-6,
             lambda x: ops.pool_temporal_patches(x, grid_thw_N3),
             lambda x: ops.reference_pool_temporal_patches(x, grid_thw_N3),
