@@ -154,9 +154,11 @@ def damaged_files(folder: Path) -> dict[str, bytes]:
         noise(60, 80).save(folder / f"sound.{suffix}")
     sound = {path.name: path.read_bytes() for path in folder.iterdir()}
     cut = {f"cut_{name}": content[: len(content) // 2] for name, content in sound.items() if "webp" not in name}
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "EPS")
-    others = {"empty.png": b"", "text.jpg": b"not a picture" * 20, "postscript.png": buffer.getvalue()}
+    others = {"empty.png": b"", "text.jpg": b"not a picture" * 20}
+    for format in ("EPS", "TGA", "ICO"):  # Pillow reads them, the first by Ghostscript; they are not asked for
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(buffer, format)
+        others[f"{format}.png"] = buffer.getvalue()
     sizes = {"huge.png": png_of_size(60_000, 60_000), "zero.png": png_of_size(0, 10), "short.png": png_of_size(50, 50)}
     return cut | others | sizes | {"cut_sound.webp": sound["sound.webp"][:300]}
 
@@ -167,6 +169,8 @@ def test_damaged_files_are_one_error_that_names_the_file(tmp_path: Path) -> None
         path.write_bytes(content)
         with pytest.raises(FileFormatError, match=name):
             preprocess_image(path)
+    with pytest.raises(FileFormatError, match=r"<Image>.*5 x 0 pixels"):
+        preprocess_image(Image.new("RGB", (0, 5)))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         preprocess_image(tmp_path / "nowhere.png")
     with pytest.raises(IsADirectoryError):

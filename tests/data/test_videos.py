@@ -258,6 +258,17 @@ def test_damaged_frames_are_no_input(tmp_path: Path) -> None:
         preprocess_video(path)
 
 
+def test_frames_that_the_decoder_patched_up_are_no_input(tmp_path: Path) -> None:
+    """A packet lost on the way: FFmpeg fills the hole from other frames, goes on, and marks the frame."""
+    path = write_video(tmp_path / "lost.ts", 24, rate=24, is_noisy=True)
+    content = path.read_bytes()
+    path.write_bytes(content[: 188 * 40] + content[188 * 41 :])
+    with pytest.raises(FileFormatError, match=r"lost\.ts.*a damaged frame, number \d+"):
+        preprocess_video(path, MediaLimits(fps=24.0))
+    with av.open(path) as container:
+        assert sum(frame.is_corrupt for frame in container.decode(video=0)) > 0
+
+
 def test_large_frames_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     path = write_video(tmp_path / "large.mp4", 2)
     for function in (preprocess_video, read_video_info):
