@@ -9,6 +9,7 @@ from k25sys.checkpoint.int4 import (
     dequantize_int4,
     pack_int4,
     quantize_int4,
+    recover_int4,
     unpack_int4,
 )
 from k25sys.checkpoint.load import load_hf, read_config
@@ -28,6 +29,7 @@ __all__ = [
     "quantize_int4",
     "read_config",
     "read_manifest",
+    "recover_int4",
     "released_tensors",
     "save_hf",
     "unpack_int4",

@@ -3,10 +3,10 @@
 Shapes: O output rows, I input columns, G = I / 32 groups of a row. A weight is code * scale of its group, the codes are
 -8 to 7. Which rule made the scales is not recorded in a file and a reader need not know it.
 
-A model holds the weights themselves. Codes and scales of a loaded expert come back from them: `recover` tries the
-few scales that can have made a group. Over 6 million groups of random weights (both rules and random codes, in bf16 and
-float32) it found the very codes and scales each time. It cannot where the weights do not tell (a group of zeros,
-a single code of 2 that may have been a 1 of twice the scale): `Int4Origin` remembers those groups, and no others.
+A model holds the weights themselves. Codes and scales come back from them: `recover_int4` tries the few scales that
+can have made a group, so that weights which were in four bits once are written as they were, whoever held them since.
+It cannot where the weights do not tell (a group of zeros, a single code of 2 that may have been a 1 of twice the
+scale): `Int4Origin` remembers those groups of a loaded model, and no others.
 """
 
 import itertools
@@ -113,6 +113,25 @@ def quantize_int4(weight_OI: Tensor, scale_rule: str = "amax/7") -> tuple[Tensor
     scales = (largest / divisor).to(torch.bfloat16)
     scales = torch.where(scales == 0, _EMPTY_SCALE, scales)
     codes = (groups / scales.float()).round().clamp(least, 7).to(torch.int8)
+    return pack_int4(codes.view(weight_OI.shape)), scales.view(weight_OI.shape[0], -1)
+
+
+def recover_int4(weight_OI: Tensor, scale_rule: str = "amax/7") -> tuple[Tensor, Tensor]:
+    """Codes and scales that give a weight exactly, group by group; `quantize_int4` for the groups that have none.
+
+    Float32 weights may be exact products, or such that were rounded to bfloat16 on the way.
+
+    Args, Returns, Raises: as `quantize_int4`.
+    """
+    packed, rule_scales = quantize_int4(weight_OI, scale_rule)
+    codes, scales = unpack_int4(packed).view(-1, GROUP), rule_scales.reshape(-1)
+    narrow = weight_OI.to(torch.bfloat16)
+    forms = [narrow, weight_OI] if weight_OI.dtype != torch.bfloat16 else [weight_OI]
+    for form in forms:  # the form of more digits last: where both fit it tells more
+        found_codes, found_scales = _recover_groups(form)
+        exact = (found_codes.float() * found_scales.float().unsqueeze(1)).to(form.dtype).to(weight_OI.dtype)
+        fits = (exact == weight_OI.reshape(-1, GROUP)).all(1) & (found_codes != 0).any(1)
+        codes, scales = torch.where(fits[:, None], found_codes, codes), torch.where(fits, found_scales, scales)
     return pack_int4(codes.view(weight_OI.shape)), scales.view(weight_OI.shape[0], -1)
 
 

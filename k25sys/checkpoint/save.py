@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from k25sys.checkpoint.config_files import CONFIG, LAYOUTS, config_json
-from k25sys.checkpoint.int4 import GROUP, check_scale_rule, quantize_int4
+from k25sys.checkpoint.int4 import GROUP, check_scale_rule, recover_int4
 from k25sys.checkpoint.safetensors import ShardWriter
 from k25sys.checkpoint.sources import FLOATS, ModelSource, Source
 from k25sys.checkpoint.store import publish
@@ -75,7 +75,7 @@ def save_hf(
         experts: "bf16" whole, or "int4" packed (released layout). Experts that were loaded from INT4 and have not
             changed are written with the codes and scales they had; others are quantised.
         layout: "released", or "transformers" for the names of its Kimi_K25ForConditionalGeneration.
-        scale_rule: of the experts to quantise; see `quantize_int4`.
+        scale_rule: of the experts to quantise; see `recover_int4`.
         dtype: of the tensors; None keeps those of the model. The router's bias is float32 in any case.
         max_shard_bytes: largest file; a tensor above it has a file to itself.
 
@@ -151,7 +151,7 @@ def _released(source: Source, scale_rule: str | None) -> Iterator[tuple[str, Ten
             weight = source.read(name)
             if not weight.isfinite().all():
                 raise CheckpointError(f"save_hf: {name}: got NaN or infinity, accepted finite weights")
-            codes = quantize_int4(weight, scale_rule)
+            codes = recover_int4(weight, scale_rule)
         stem = name.removesuffix("weight")
         yield stem + "weight_packed", codes[0]
         yield stem + "weight_scale", codes[1]

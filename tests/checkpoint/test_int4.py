@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from k25sys.checkpoint import SCALE_RULES, Int4Origin, dequantize_int4, pack_int4, quantize_int4, unpack_int4
+from k25sys.checkpoint import (
+    SCALE_RULES,
+    Int4Origin,
+    dequantize_int4,
+    pack_int4,
+    quantize_int4,
+    recover_int4,
+    unpack_int4,
+)
 from k25sys.errors import ArgumentValueError, DTypeError, ShapeError
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -131,3 +139,26 @@ def test_bad_arguments_are_named() -> None:
         unpack_int4(torch.zeros(2, 8))
     with pytest.raises(ShapeError, match="multiple of 8"):
         pack_int4(torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("form", ["bfloat16", "float32", "bfloat16 widened"])
+def test_codes_come_back_from_weights_alone(form: str, rule: str) -> None:
+    """Codes of any origin, with nothing remembered: through another object, another layout, or float32."""
+    generator = torch.Generator().manual_seed(5)
+    codes = torch.randint(-8, 8, (64, 512), generator=generator, dtype=torch.int8)
+    scales = (torch.rand(64, 16, generator=generator) * 0.02 + 1e-3).bfloat16()
+    packed = pack_int4(codes)
+    weight = dequantize_int4(packed, scales, torch.float32 if form == "float32" else torch.bfloat16)
+    weight = weight.float() if form == "bfloat16 widened" else weight
+    again, again_scales = recover_int4(weight, rule)
+    assert torch.equal(again, packed)
+    assert torch.equal(again_scales, scales)
+    weight[3, 40] += 0.01  # a changed group is quantised by the rule, its neighbours stay
+    changed, changed_scales = recover_int4(weight, rule)
+    by_rule, rule_scales = quantize_int4(weight, rule)
+    assert torch.equal(changed[3, 4:8], by_rule[3, 4:8])
+    assert changed_scales[3, 1] == rule_scales[3, 1]
+    changed[3, 4:8], changed_scales[3, 1] = packed[3, 4:8], scales[3, 1]
+    assert torch.equal(changed, packed)
+    assert torch.equal(changed_scales, scales)
