@@ -95,11 +95,16 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: fl
         raise BackendError(message("attention", "implementation", got, f"{accepted}, or bfloat16 on cuda"))
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    bounds, longest = documents.cu_seqlens, documents.max_length
-    padded = _pad_values(q, v)
-    out = flash_attn_varlen_func(
-        q, k, padded, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal
-    )  # fmt: skip
+    return _varlen(flash_attn_varlen_func, q, k, v, documents, scale, causal)
+
+
+def _varlen(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, causal: bool
+) -> Tensor:
+    """`kernel` has flash_attn_varlen_func's signature and takes one width for queries, keys and values."""
+    bounds, longest, width = documents.cu_seqlens, documents.max_length, max(q.shape[-1], v.shape[-1])
+    padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    out = kernel(*padded, bounds, bounds, longest, longest, softmax_scale=scale, causal=causal)
     return out[..., : v.shape[-1]]
 
 

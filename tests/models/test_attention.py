@@ -154,3 +154,22 @@ def test_implementations_are_chosen_by_name() -> None:
     flash = KimiK25(case.config(), attention="flash_attn")
     with pytest.raises(BackendError, match=r"'flash_attn'.*accepted 'sdpa' or 'flex'"):
         flash(ids, pixels, grid)
+
+
+@pytest.mark.parametrize("value_dim", [4, 8, 12])
+def test_a_kernel_of_one_width_gets_one(value_dim: int) -> None:
+    """Values narrower, as wide and wider than queries; the kernel is dense softmax behind flash-attn's signature."""
+    lengths, scale = (5, 1, 7), 0.3
+    q, k, v = random_qkv(lengths, value_dim, seed=3)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, softmax_scale: float, causal: bool) -> Tensor:
+        assert q.shape == k.shape == v.shape
+        assert bounds[0].tolist() == [0, 5, 6, 13]
+        assert bounds[2:] == (7, 7)
+        return torch.einsum("hij,jhc->ihc", dense_scores(q, k, lengths, softmax_scale, causal).softmax(-1), v)
+
+    documents = Documents.from_cu_seqlens("test", torch.tensor([0, 5, 6, 13]), 13, CPU)
+    out = attention_core._varlen(kernel, q, k, v, documents, scale, True)
+    exact = torch.einsum("hij,jhc->ihc", dense_scores(q, k, lengths, scale, True).softmax(-1), v)
+    assert out.shape == v.shape
+    assert relative_error(out, exact) <= 1e-6
