@@ -59,6 +59,18 @@ class CheckpointError(ValueError):
     """A file of a checkpoint is missing, extra, truncated or altered, or its tensors are not those of the model."""
 
 
+class GridError(ValueError):
+    """Sizes of a grid of ranks that contradict each other, the model, or the processes that were started."""
+
+
+class ScheduleError(ValueError):
+    """A pipeline schedule that is unknown, impossible for these sizes, incomplete, or that would deadlock."""
+
+
+class RankFailureError(RuntimeError):
+    """Another rank died, hangs or failed; the message names it and the action in which it was waited for."""
+
+
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:
     """The text of every argument error: op, argument, what was got, what is accepted, what to do."""
     return f"{op}: {argument}: got {got}, accepted {accepted}" + (f"; {hint}" if hint else "")

@@ -1,0 +1,1 @@
+"""Where models meet the grid of ranks, and what trains them."""
