@@ -251,7 +251,7 @@ def _stay_on_nodes(
 
 
 def _refine(costs: Sequence[float], owner: list[int], loads: list[float], block: tuple[int, ...]) -> None:
-    """Moves a pack off the fullest rank of `block`, or swaps it for a smaller one, while that lowers the larger load."""
+    """Moves a pack off the fullest rank of `block`, or swaps it for a smaller one, while the larger load falls."""
     held: list[list[int]] = [[] for _ in block]
     for number, rank in enumerate(owner):
         if rank in block:
