@@ -30,6 +30,11 @@ class Clip:
     """(t, h, w) in patches."""
 
     @property
+    def home(self) -> tuple[int, int]:
+        """(data rank, micro-batch): whose tokens it is among."""
+        return self.data_rank, self.microbatch
+
+    @property
     def num_patches(self) -> int:
         """t * h * w: the rows that the encoder sees."""
         t, h, w = self.grid
@@ -87,7 +92,7 @@ def _non_negative_fit(terms: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Clips that one call of the encoder takes together."""
+    """Clips of one micro-batch that one call of the encoder takes together."""
 
     number: int
     clips: tuple[Clip, ...]
@@ -104,13 +109,14 @@ class Pack:
 
 
 def make_packs(clips: Iterable[Clip], *, max_patches: int) -> tuple[Pack, ...]:
-    """Fills packs with clips in the order of the data, up to `max_patches` a pack.
+    """Fills packs with the clips of a micro-batch in order, up to `max_patches` a pack.
 
-    The packs do not depend on the number of ranks, so that sums over packs can be made in one fixed order. A clip of
-    more than `max_patches` is a pack of its own.
+    A pack holds clips of one micro-batch, and packs do not depend on the number of ranks: an encoder inside stage 0
+    that keeps to them computes the same products, bit for bit, and sums over packs can be made in one fixed order. A
+    clip of more than `max_patches` is a pack of its own.
 
     Args:
-        clips: of the whole step, every data rank's. Sorted here.
+        clips: of the whole step, every data rank's, or of one micro-batch. Sorted here.
         max_patches: what one call may hold, which bounds the encoder's activation memory.
 
     Raises:
@@ -122,11 +128,9 @@ def make_packs(clips: Iterable[Clip], *, max_patches: int) -> tuple[Pack, ...]:
     room = 0
     ordered = sorted(clips)
     for before, clip in zip([None, *ordered], ordered, strict=False):
-        if before is not None and (before.data_rank, before.microbatch, before.index) == (
-            clip.data_rank, clip.microbatch, clip.index,
-        ):  # fmt: skip
+        if before is not None and (*before.home, before.index) == (*clip.home, clip.index):
             raise ArgumentValueError(message("make_packs", "clips", f"{before} and {clip}", "one clip in a place"))
-        if not packs or clip.num_patches > room:
+        if before is None or before.home != clip.home or clip.num_patches > room:
             packs.append([])
             room = max_patches
         packs[-1].append(clip)

@@ -32,7 +32,7 @@ def drawn_batch(seed: int) -> tuple[list[Clip], int]:
         patches = min(max(float(np.exp(generator.normal(np.log(1600), 0.9))), 64.0), 16384.0)
         side = max(2, int(patches**0.5 / 2) * 2)
         frames = 4 if generator.random() < 0.15 else 1
-        made.append(Clip(number % num_ranks, 0, number // num_ranks, (frames, side, side)))
+        made.append(Clip(number % num_ranks, number // num_ranks // 4, number // num_ranks, (frames, side, side)))
     return made, num_ranks
 
 
@@ -42,6 +42,10 @@ def test_packs_hold_every_clip_once_and_keep_to_the_cap(made: list[Clip], cap: i
     assert [clip for pack in packs for clip in pack.clips] == sorted(made)
     assert [pack.number for pack in packs] == list(range(len(packs)))
     assert all(pack.num_patches <= cap or len(pack.clips) == 1 for pack in packs)
+    assert all(len({clip.home for clip in pack.clips}) == 1 for pack in packs)
+    for first, second in itertools.pairwise(packs):
+        fits = first.num_patches + second.clips[0].num_patches <= cap
+        assert first.clips[0].home != second.clips[0].home or not fits
     shuffled = random.Random(0).sample(made, len(made))
     assert make_packs(shuffled, max_patches=cap) == packs
 
