@@ -113,24 +113,25 @@ def _differences_from_one_process(sizes: GridSizes) -> dict[tuple[str, str], flo
     return dict(worst)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        GridSizes(data=2, expert=2),
-        GridSizes(tensor=2, expert_tensor=2),
-        GridSizes(data=2, context=2, expert=4),
-        GridSizes(data=4, expert=2),
-        GridSizes(data=2, tensor=2, expert=2, expert_tensor=2),
-        GridSizes(data=8, expert=8),
-        GridSizes(data=4, tensor=2, expert=2, expert_tensor=2),
-        GridSizes(pipeline=2, data=2, expert=2),
-        GridSizes(data=2),
-    ],
-    ids=["EP2", "ETP2", "EP4", "EP2xDP2", "EP2xETP2", "EP8", "EP2xETP2xDP2", "PP2xEP2", "DP2"],
-)
-def test_equal_to_one_process(sizes: GridSizes) -> None:
-    if sizes.pipeline > 1:
-        pytest.skip("two stages hold two layers")
-    for worst in run_ranks(sizes.world_size, _differences_from_one_process, sizes):
-        for (dtype, name), difference in worst.items():
-            assert difference <= (1e-6 if dtype == "torch.float32" else 1e-13), (dtype, name, difference)
+GRIDS = {
+    2: {"EP2": GridSizes(data=2, expert=2), "ETP2": GridSizes(tensor=2, expert_tensor=2), "DP2": GridSizes(data=2)},
+    4: {
+        "EP4": GridSizes(data=2, context=2, expert=4),
+        "EP2xDP2": GridSizes(data=4, expert=2),
+        "ETP2xDP2": GridSizes(data=2, tensor=2, expert_tensor=2),
+        "EP2xETP2": GridSizes(data=2, tensor=2, expert=2, expert_tensor=2),
+    },
+    8: {"EP8": GridSizes(data=8, expert=8), "EP2xETP2xDP2": GridSizes(data=4, tensor=2, expert=2, expert_tensor=2)},
+}
+
+
+def _all_grids(world_size: int) -> dict[str, dict[tuple[str, str], float]]:
+    return {name: _differences_from_one_process(sizes) for name, sizes in GRIDS[world_size].items()}
+
+
+@pytest.mark.parametrize("world_size", GRIDS)
+def test_equal_to_one_process(world_size: int) -> None:
+    for differences in run_ranks(world_size, _all_grids, world_size):
+        for grid, worst in differences.items():
+            for (dtype, name), difference in worst.items():
+                assert difference <= (1e-6 if dtype == "torch.float32" else 1e-13), (grid, dtype, name, difference)
