@@ -17,6 +17,11 @@ from k25sys.ops.plan_dispatch import DispatchPlan, check_plan, plan_dispatch, re
 from k25sys.ops.quantize_fp8 import dequantize_fp8, quantize_fp8
 from k25sys.ops.swiglu import reference_swiglu
 
+ACTIVATION_STORES = {
+    "exact": (False, False), "fp8": (True, True), "fp8_x": (True, False), "fp8_gate_up": (False, True),
+}  # fmt: skip
+"""Whether E4M3 stores the tokens, and the inputs of SwiGLU."""
+
 
 def reference_expert_mlp(
     x_TD: Tensor, gate_up_EGD: Tensor, down_EDI: Tensor, weights_TK: Tensor, experts_TK: Tensor
@@ -65,7 +70,8 @@ def expert_mlp(
             other dtypes; see k25sys.ops.backends.
         activation_store: "exact" saves the tokens and the inputs of SwiGLU for the backward as they are; "fp8" as E4M3
             in tiles of 1 x 128, as K2.5 trains (K2, section 2.4.3): a little over half of the memory of bfloat16, and
-            gradients of the rounded values. Native backend, float32 and bfloat16.
+            gradients of the rounded values; "fp8_x" only the tokens, "fp8_gate_up" only the inputs of SwiGLU. Native
+            backend, float32 and bfloat16.
 
     Returns:
         y_TD (T, D), differentiable (once) in x, both weights and the routing weights. On the native backend it and its
@@ -93,11 +99,13 @@ def expert_mlp(
             raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
     main_grads = _checked_main_grads(op, x_TD, gate_up_EGD, down_EDI, gate_up_main_grad, down_main_grad)
     name = backends.choose(op, backend, x_TD.device, x_TD.dtype)
-    if activation_store not in ("exact", "fp8"):
-        raise ArgumentValueError(message(op, "activation_store", repr(activation_store), "'exact' or 'fp8'"))
-    if activation_store == "fp8" and (name != "native" or x_TD.dtype == torch.float64):
-        got = f"'fp8' with {x_TD.dtype} on backend {name}"
-        raise ArgumentValueError(message(op, "activation_store", got, "'fp8' with float32 or bfloat16 on native"))
+    if activation_store not in ACTIVATION_STORES:
+        accepted = ", ".join(map(repr, ACTIVATION_STORES))
+        raise ArgumentValueError(message(op, "activation_store", repr(activation_store), accepted))
+    if activation_store != "exact" and (name != "native" or x_TD.dtype == torch.float64):
+        got = f"{activation_store!r} with {x_TD.dtype} on backend {name}"
+        accepted = f"{activation_store!r} with float32 or bfloat16 on native"
+        raise ArgumentValueError(message(op, "activation_store", got, accepted))
     if name == "torch_grouped_mm":
         if packed is not None:
             raise ArgumentValueError(message(op, "packed", "PackedExperts", "None with backend torch_grouped_mm"))
@@ -106,7 +114,7 @@ def expert_mlp(
     packs = [] if packed is None else packed.tensors(gate_up_EGD, down_EDI)
     return _OP(
         x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK, packs,
-        *main_grads, False, activation_store == "fp8",
+        *main_grads, False, list(ACTIVATION_STORES[activation_store]),
     )[0]  # fmt: skip
 
 
@@ -188,7 +196,7 @@ def _check_packs(op: str, packs: Sequence[Tensor], counts: tuple[int, ...], gate
 def _fake(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check("expert_mlp", x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
     rows = x.new_empty((slot_of_row.shape[0], gate_up.shape[1])) if save else x.new_empty((0,))
@@ -198,7 +206,7 @@ def _fake(
 def _kernel(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "expert_mlp"
     _check(op, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
@@ -333,12 +341,16 @@ def _restored(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packs: list[Tensor], main_grads: tuple[Tensor | None, Tensor | None], store_fp8: bool, *inputs: Tensor
+        ctx: Any,
+        packs: list[Tensor],
+        main_grads: tuple[Tensor | None, Tensor | None],
+        store_fp8: list[bool],
+        *inputs: Tensor,
     ) -> Any:
-        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True, False)
-        stored = [*_stored(inputs[0], store_fp8), *_stored(gate_up_rows, store_fp8)]
-        ctx.num_stored, ctx.dtype = len(stored), y.dtype
-        ctx.save_for_backward(*stored, *inputs[1:], *packs[2:])
+        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True, store_fp8)
+        stored_x, stored_rows = _stored(inputs[0], store_fp8[0]), _stored(gate_up_rows, store_fp8[1])
+        ctx.num_stored, ctx.dtype = (len(stored_x), len(stored_rows)), y.dtype
+        ctx.save_for_backward(*stored_x, *stored_rows, *inputs[1:], *packs[2:])
         ctx.main_grads = main_grads  # not saved tensors: they change between microbatches, and may
         ctx.mark_non_differentiable(gate_up_rows)
         return y, gate_up_rows
@@ -347,9 +359,9 @@ class _ExpertMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[3:7])
-        stored, rest = ctx.saved_tensors[: ctx.num_stored], ctx.saved_tensors[ctx.num_stored :]
-        half = ctx.num_stored // 2
-        x, gate_up_rows = _restored(stored[:half], ctx.dtype), _restored(stored[half:], ctx.dtype)
+        tensors, (count_x, count_rows) = ctx.saved_tensors, ctx.num_stored
+        stored_x, stored_rows, rest = tensors[:count_x], tensors[count_x:][:count_rows], tensors[count_x + count_rows :]
+        x, gate_up_rows = _restored(stored_x, ctx.dtype), _restored(stored_rows, ctx.dtype)
         saved, packs = (x, *rest[:6], gate_up_rows), list(rest[6:])
         if ctx.main_grads[0] is None:
             grads = list(_BACKWARD(grad, *saved, packs, needs))
@@ -363,7 +375,7 @@ class _ExpertMlp(torch.autograd.Function):
 def _autograd(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs, main_grads = (
         (x, gate_up, down, weights, offsets, slot_of_row, row_of_slot),
@@ -380,7 +392,7 @@ _SAVED = (
 )
 _OP = native.define(
     f"expert_mlp({_SAVED}, Tensor[] packed, Tensor? gate_up_main_grad, Tensor? down_main_grad, bool save, "
-    "bool store_fp8) -> (Tensor, Tensor)",
+    "bool[] store_fp8) -> (Tensor, Tensor)",
     _kernel, _fake, _autograd,
 )  # fmt: skip
 _BACKWARD = native.define(

@@ -84,14 +84,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.store, ctx.dtype = bias, store, x.dtype
+        # Saved, the weight is checked for changes; under saved-tensor hooks it comes back as another object, without
+        # its main_grad.
+        ctx.weight, ctx.bias, ctx.store, ctx.dtype = weight, bias, store, x.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        bias, store = ctx.bias, ctx.store
+        x, _ = ctx.saved_tensors
+        weight, bias, store = ctx.weight, ctx.bias, ctx.store
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ weight if needs_x else None
         if needs_weight or needs_bias:
