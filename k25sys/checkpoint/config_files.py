@@ -6,7 +6,8 @@ import torch
 
 from k25sys.checkpoint.int4 import GROUP
 from k25sys.errors import ConfigError, message
-from k25sys.models.config import KimiK25Config, VisionConfig
+from k25sys.models.config import KimiK25Config, TokenIds, VisionConfig
+from k25sys.special_tokens import RELEASED_VOCABULARY
 
 _ROPE_THETA = 10000.0  # of the encoder's rotations; the released form says it nowhere
 CONFIG = "config.json"
@@ -52,6 +53,7 @@ def config_json(config: KimiK25Config, layout: str, *, dtype: torch.dtype, int4:
         "dtype": text["dtype"],
         "tie_word_embeddings": False,
         "text_config": text,
+        **_special_token_ids(config),
         **(_released_vision if released else _transformers_vision)(config, config.vision),
     }
 
@@ -102,9 +104,17 @@ def _text(config: KimiK25Config) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": tokens.bos,
-        "eos_token_id": list(tokens.stop) if len(tokens.stop) > 1 else tokens.eos,
+        "eos_token_id": list(tokens.stop) if len(tokens.stop) > 1 else next(iter(tokens.stop), None),
         "pad_token_id": tokens.pad,
     }
+
+
+def _special_token_ids(config: KimiK25Config) -> dict[str, Any]:
+    """Every special token by name, unless they are those of the released vocabulary: of most of them neither layout has
+    a field, since there they are known."""
+    if config.text.vocab_size == RELEASED_VOCABULARY and config.tokens == TokenIds.released():
+        return {}
+    return {"special_token_ids": config.tokens.named()}
 
 
 def _rope(config: KimiK25Config) -> dict[str, Any] | None:
