@@ -190,8 +190,8 @@ def _bits(x: Tensor) -> Tensor:
 def _surely_recovered(words: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Which groups (words (groups, 4) int32, scales (groups,)) `_recover_groups` gives back as they are; no false yes.
 
-    Those with a code of magnitude 7 or 8 and another of 1 to 6, whose products neither overflow nor lose digits: then no
-    other pair that is tried before the true one gives the same weights, for any of the 128 mantissas of a scale.
+    Those with a code of magnitude 7 or 8 and another of 1 to 6, and a scale whose products neither overflow nor lose
+    digits: no other pair that is tried before the true one gives the same weights, for any of a scale's 128 mantissas.
     """
     b1, b2, b3 = words >> 1, words >> 2, words >> 3  # bit i of every nibble in the nibble's lowest place
     largest = (words & b1 & b2 & b3) | ~(b1 | b2 | b3)  # 15, or 0 and 1: codes 7, -8 and -7

@@ -166,9 +166,9 @@ def _token_ids(model: KimiK25, argument: str, ids: Any) -> list[int]:
     for token in values:
         if isinstance(token, bool) or not isinstance(token, Integral):
             raise ArgumentTypeError(message(_OP, argument, repr(token), "token ids, as ints"))
-        if not 0 <= token < vocabulary:
-            raise ArgumentValueError(message(_OP, argument, f"token {token}", f"0 to {vocabulary - 1}"))
         tokens.append(int(token))
+        if not 0 <= tokens[-1] < vocabulary:
+            raise ArgumentValueError(message(_OP, argument, f"token {token}", f"0 to {vocabulary - 1}"))
     return tokens
 
 

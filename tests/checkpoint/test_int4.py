@@ -12,10 +12,10 @@ from k25sys.checkpoint import (
     SCALE_RULES,
     Int4Origin,
     dequantize_int4,
+    int4,
     pack_int4,
     quantize_int4,
     recover_int4,
-    int4,
     unpack_int4,
 )
 from k25sys.errors import ArgumentValueError, DTypeError, ShapeError
