@@ -23,6 +23,7 @@ SCALE_RULES = ("amax/7", "amax/7.5")
 _DIVISORS = {"amax/7": (7.0, -7.0), "amax/7.5": (7.5, -8.0)}  # divisor and least code
 _LARGEST_CODES = (7, 8, 6, 5, 4, 3, 2, 1)  # what the largest code of a group may be, the usual ones first
 _LOWEST_BITS = 0x11111111  # of the eight nibbles of a word
+_PROBED = 4  # columns of a group
 _EMPTY_SCALE = 1.0  # of a group of zeros: 0 would be NaN for whoever divides by it
 
 
@@ -217,14 +218,24 @@ def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     values, bits, largest = values[numbers], bits[numbers], largest[numbers]
     # The largest weight was rounded, so that its scale may be a neighbour of the quotient.
     for code, step in itertools.product(_LARGEST_CODES, (0, -1, 1)):
-        if not len(numbers):
-            break
         scale = ((largest / code).to(torch.bfloat16).view(torch.int16) + step).view(torch.bfloat16)
-        wide = scale.float().unsqueeze(1)
-        guess = (values / wide).round() + 0.0  # code 0 has no sign
-        least, most = torch.aminmax(guess, dim=1)
-        fits = (_bits((guess * wide).to(weight_OI.dtype)) == bits).all(1) & (least >= -8) & (most <= 7)
-        found = numbers[fits]
-        codes[found], scales[found] = guess[fits].to(torch.int8), scale[fits]
-        numbers, values, bits, largest = (x[~fits] for x in (numbers, values, bits, largest))
+        # Of weights that were never in four bits a few columns tell; only where they fit, all are looked at.
+        _, likely = _codes_at(scale, values[:, :_PROBED], bits[:, :_PROBED], weight_OI.dtype)
+        rows = likely.nonzero().squeeze(1)
+        guess, fits = _codes_at(scale[rows], values[rows], bits[rows], weight_OI.dtype)
+        rows = rows[fits]
+        if not len(rows):
+            continue
+        codes[numbers[rows]], scales[numbers[rows]] = guess[fits].to(torch.int8), scale[rows]
+        left = torch.ones(len(numbers), dtype=torch.bool)
+        left[rows] = False
+        numbers, values, bits, largest = (x[left] for x in (numbers, values, bits, largest))
     return codes, scales
+
+
+def _codes_at(scale: Tensor, values: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each row of `values` its codes at a scale, as floats, and whether they give `bits`, the values in `dtype`."""
+    wide = scale.float().unsqueeze(1)
+    guess = (values / wide).round() + 0.0  # code 0 has no sign
+    in_range = ((guess >= -8) & (guess <= 7)).all(1)
+    return guess, (_bits((guess * wide).to(dtype)) == bits).all(1) & in_range

@@ -95,7 +95,7 @@ def _check_dtypes(folder: Path, described: dict[str, object], source: FolderSour
     for name in released_shapes(source.config):
         if is_expert(name) and source.is_packed(name) != packed:
             wrong.append(f"{name} (got {'whole' if packed else 'packed'}, {CONFIG} says otherwise)")
-        elif said and source.dtype(name) not in (getattr(torch, said[0]), _kept(name)):
+        elif said and not source.is_packed(name) and source.dtype(name) not in (getattr(torch, said[0]), _kept(name)):
             wrong.append(f"{name} (got {source.dtype(name)}, {CONFIG} says {said[0]})")
     if wrong:
         raise CheckpointError(f"{folder}: {len(wrong)} mis-typed: {listing(wrong)}")
