@@ -43,8 +43,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-        bias_E = self.e_score_correction_bias.detach()  # also after a requires_grad_() of the whole model
-        return ops.route_tokens(logits_TE, bias_E, top_k=self.top_k, scale=self.scale)
+        return ops.route_tokens(logits_TE, self.e_score_correction_bias, top_k=self.top_k, scale=self.scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # model.to(bfloat16) must not round the bias: its steps of 1e-3 would be lost.
