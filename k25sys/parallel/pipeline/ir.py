@@ -31,12 +31,15 @@ class Kind(Enum):
     VISION_FORWARD = "VF"
     """A pack of the encoder; `microbatch` is its number, `stage` is 0."""
     VISION_BACKWARD = "VB"
-    ALL_TO_ALL = "A2A"
-    """Exchange of embeddings or of their gradients between the encoder's ranks and stage 0."""
+    DELIVER = "D"
+    """Starts the messages that carry a micro-batch's encoded media to stage 0; `stage` is 0."""
+    RETURN = "R"
+    """Makes room for the gradients of a micro-batch's media on the ranks that encoded them; `stage` is 0."""
 
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
 COMMUNICATION = frozenset({Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD})
+VISION = frozenset({Kind.VISION_FORWARD, Kind.VISION_BACKWARD, Kind.DELIVER, Kind.RETURN})
 
 
 @dataclass(frozen=True, order=False)
