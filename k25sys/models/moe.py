@@ -56,16 +56,16 @@ class _WideLinear(torch.autograd.Function):
 class Router(nn.Module):
     """Chooses each token's experts: ops.route_tokens on float32 logits, whatever the dtype of the weight.
 
-    A forward hook sees (weights_TK, experts_TK): that is where balancing reads the load of the experts.
+    A forward hook sees (weights_TK, experts_TK): that is where balancing reads the load of the experts. The bias is a
+    parameter, as in the released model, but balancing sets it: it takes no gradient, so that optimisers pass over it.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias: Tensor
         bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
-        self.register_buffer("e_score_correction_bias", bias_E)
+        self.e_score_correction_bias = nn.Parameter(bias_E, requires_grad=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> weights_TK float32 (float64 for float64 tokens), experts_TK int32."""
@@ -79,11 +79,11 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         # model.to(bfloat16) must not round the bias: its steps of 1e-3 would be lost.
-        bias_E = self.e_score_correction_bias
+        bias_E = self.e_score_correction_bias.detach()
         super()._apply(fn, recurse)
         moved_E = self.e_score_correction_bias
         if moved_E.dtype != torch.float32:
-            self.e_score_correction_bias = bias_E.to(moved_E.device)
+            moved_E.data = bias_E.to(moved_E.device)
         return self
 
 
