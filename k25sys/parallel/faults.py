@@ -1,9 +1,9 @@
 """Which rank died, and in what: heartbeats and current actions of all ranks in a store, read when a wait fails.
 
-A wait that fails says "connection closed" or "timed out"; it does not say who. Every rank's Monitor therefore beats in a
-store from a thread of its own and says what it does. Whoever's wait fails looks for ranks that no longer beat: a killed
-process does not, nor does a stopped one. A slow rank does, and is named as slow. The first diagnosis is left in the
-store, so that ranks that fail in its wake name the same rank.
+A wait that fails says "connection closed" or "timed out"; it does not say who. Every rank's Monitor therefore beats in
+a store from a thread of its own and says what it does. Whoever's wait fails looks for ranks that no longer beat: a
+killed process does not, nor does a stopped one; a slow one does. The first diagnosis is left in the store, so that
+ranks that fail in its wake name the same rank.
 """
 
 import threading
@@ -25,7 +25,7 @@ class Monitor:
     Args:
         store: that all ranks reach; keys begin with "k25sys/".
         rank, world_size: of this process, and how many there are.
-        interval: seconds between beats. A rank that misses four is dead or stopped; one that computes for long beats on.
+        interval: seconds between beats. A rank that misses four is dead or stopped; one that computes for long beats.
 
     Raises:
         ArgumentValueError: an interval that is not > 0.
@@ -61,7 +61,7 @@ class Monitor:
 
     @contextmanager
     def during(self, action: str) -> Iterator[None]:
-        """Names what this rank does. A RuntimeError inside becomes a RankFailureError, if a rank is found to have failed.
+        """Names what this rank does. A RuntimeError inside becomes a RankFailureError, if a rank has failed.
 
         Raises:
             RankFailureError: names the rank, what it was in, and what was waited for.

@@ -25,13 +25,18 @@ def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is not None:
         main_grad.add_(gradient)
-        on_gradient = getattr(parameter, "on_gradient", None)
-        if on_gradient is not None:
-            on_gradient()
+        gradient_landed(parameter)
     elif parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
+
+
+def gradient_landed(parameter: Tensor) -> None:
+    """Calls `parameter.on_gradient`, where set: for whoever adds to main_grad itself."""
+    on_gradient = getattr(parameter, "on_gradient", None)
+    if on_gradient is not None:
+        on_gradient()
 
 
 class WeightGradStore:

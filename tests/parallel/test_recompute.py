@@ -43,10 +43,10 @@ class Case:
         generator = torch.Generator().manual_seed(index)
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
-            for parameter in self.layer.parameters():
+            for name, parameter in self.layer.named_parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            for buffer in self.layer.buffers():
-                buffer.zero_()
+                if name.endswith("e_score_correction_bias"):
+                    parameter.zero_()
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)
@@ -76,7 +76,7 @@ class Case:
         x = leaf * 1  # no leaf: as in the middle of a model
         y, saved = measure_saved_bytes(lambda: self.run(layer, x), layer.parameters(), memory)
         y.float().square().sum().backward()
-        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad)]
         assert all(gradient is not None for gradient in gradients)
         return saved, [y, *gradients]  # pyright: ignore[reportReturnType]
 
