@@ -1,8 +1,6 @@
 """Experts over ranks give what one process gives on all tokens together: outputs, all gradients, and nothing hangs."""
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -10,9 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k25sys import ops
-from k25sys.errors import BackendError, GridError
 from k25sys.parallel import GridSizes, RankGrid, WeightGradStore
-from k25sys.parallel.expert import ExpertParallel, OverlappedMixtureOfExperts, Transports, expert_layouts
+from k25sys.parallel.expert import ExpertParallel, expert_layouts
 from tests.parallel.processes import run_ranks
 
 NUM_EXPERTS, DIM, WIDTH, TOP_K = 8, 48, 16, 3

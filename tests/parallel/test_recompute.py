@@ -44,9 +44,10 @@ class Case:
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
             for name, parameter in self.layer.named_parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
                 if name.endswith("e_score_correction_bias"):
                     parameter.zero_()
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)
