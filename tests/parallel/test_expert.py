@@ -3,6 +3,7 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from unittest import mock
 
 import pytest
@@ -257,8 +258,9 @@ def _the_host_waits_once(grid: RankGrid) -> None:
     layer = ExpertParallel(Experts(), grid, WeightGradStore(), payload="fp8")
     x, weights, experts, grad = _inputs("mixed", grid.rank, torch.float32)
     reads = _HostReads()
-    patches = {name: reads.patched(name) for name in reads.METHODS}
-    with mock.patch.multiple(Tensor, **patches):
+    with ExitStack() as stack:
+        for name in reads.METHODS:
+            stack.enter_context(mock.patch.object(Tensor, name, reads.patched(name)))
         y = layer(x, weights, experts)
         assert reads.count == 1
         y.backward(grad)
