@@ -192,7 +192,8 @@ def sequence_auxiliary_loss(
         for axis in ("context", "tensor"):
             if grid is not None and (group := grid.group(axis)) is not None:
                 dist.all_reduce(chosen_SE, group=group)
-        length_S1 = chosen_SE.sum(1, keepdim=True).to(scores_TE.dtype) / top_k
+        chosen_SE = chosen_SE.to(scores_TE.dtype)
+        length_S1 = chosen_SE.sum(1, keepdim=True) / top_k
         # An empty sequence has no token here that would read its row.
         factor_SE = alpha * num_experts / top_k * chosen_SE / (length_S1 * length_S1 * normalizer)
     return (factor_SE[sequences_T] * shares_TE).sum()

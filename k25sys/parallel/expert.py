@@ -85,7 +85,7 @@ class ExpertParallel(nn.Module):
         store: WeightGradStore,
         *,
         transport: str | Transports = "torch",
-        payload: payloads.Payload = "exact",
+        payload: str = "exact",
         activation_store: str = "exact",
     ) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class ExpertParallel(nn.Module):
         self.gate_up_proj = _own_part(gate_up_proj, "gate_up_proj", layouts["gate_up_proj"], grid)
         self.down_proj = _own_part(down_proj, "down_proj", layouts["down_proj"], grid)
         self.grid, self.store = grid, store
-        self.payload: payloads.Payload = payload
+        self.payload = payload
         self.activation_store = activation_store
         self.transports = Transports.make(transport, grid) if isinstance(transport, str) else transport
 

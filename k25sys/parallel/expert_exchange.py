@@ -50,7 +50,7 @@ class Exchange:
     """Of this rank's tokens: rows grouped by expert, hence by the rank that has it."""
     num_local: int
     """Experts of a rank."""
-    payload: payloads.Payload
+    payload: str
     """Of tokens on their way out. Outputs and gradients travel as `payloads.on_the_way_home` says."""
     dim: int
     dtype: torch.dtype
@@ -98,7 +98,7 @@ class Exchange:
         """Starts the way of packed rows, in the order of the plan."""
         self._start(rows_MC, self.routes.send, self.routes.receive)
 
-    def finish_out(self, payload: payloads.Payload) -> Tensor:
+    def finish_out(self, payload: str) -> Tensor:
         """(N, D) at the experts: the rows that this rank received, and those of its expert_tensor peers."""
         rows_NB, peers = self._wait(), self.routes.peers
         if len(peers) > 1:

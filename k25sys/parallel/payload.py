@@ -1,7 +1,5 @@
 """Rows of tokens as they travel: in their own dtype, as bfloat16, or as E4M3 with their scales behind them."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from k25sys import ops
 from k25sys.errors import ArgumentValueError, DTypeError, message
 from k25sys.ops.quantize_fp8 import E4M3, TILE, tiles
 
-Payload = Literal["exact", "bf16", "fp8"]
 PAYLOADS = ("exact", "bf16", "fp8")
 _UNIT = 16
 """An FP8 row's bytes are a multiple of this, what copies of 128 bits and DeepEP want."""
@@ -23,7 +20,7 @@ def check(op: str, payload: str, dtype: torch.dtype | None = None) -> None:
         raise DTypeError(message(op, "x_TD", f"float64 with payload {payload!r}", "float32 or bfloat16, or 'exact'"))
 
 
-def on_the_way_home(payload: str) -> Payload:
+def on_the_way_home(payload: str) -> str:
     """How outputs and all gradients travel where tokens travel as `payload`: FP8 goes out, bfloat16 comes back
     (DeepSeek-V3, section 3.2.2)."""
     return "exact" if payload == "exact" else "bf16"
