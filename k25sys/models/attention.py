@@ -1,15 +1,16 @@
 """Multi-head latent attention (MLA): keys and values of all heads come from one latent a token.
 
-Shape suffixes: T tokens, D model, H heads, Q = N + R query channels (N without position, R rotated), V value channels,
-C latent, A sequences that decode.
+Shape suffixes: T tokens, S tokens whose keys they may see (the same ones, unless the core gathers others), D model,
+H heads, Q = N + R query channels (N without position, R rotated), V value channels, C latent, A sequences that decode.
 """
 
 import torch
 from torch import Tensor, nn
 
-from k25sys.models.attention_core import AttentionCore, max_softmax_logits
+from k25sys.errors import ArgumentTypeError, message
+from k25sys.models.attention_core import AttentionCore
 from k25sys.models.config import TextConfig
-from k25sys.models.documents import Documents
+from k25sys.models.documents import Documents, Packing
 from k25sys.models.latent_cache import LayerCache
 from k25sys.models.rope import RotaryTables, rotate_pairs, softmax_scale
 
@@ -42,7 +43,7 @@ class LatentAttention(nn.Module):
         self,
         x_TD: Tensor,
         tables: RotaryTables,
-        documents: Documents,
+        documents: Packing,
         *,
         max_logits_H: Tensor | None = None,
         cache: LayerCache | None = None,
@@ -58,18 +59,24 @@ class LatentAttention(nn.Module):
 
         Returns:
             (T, D).
+
+        Raises:
+            ArgumentTypeError: a cache beside documents of which some of the tokens are elsewhere.
         """
         q_nope, q_rope = self.queries(x_TD, tables)
         latent_TC, k_rope_TR = self.latents(x_TD, tables)
         if cache is not None:
+            if not isinstance(documents, Documents):
+                got = type(documents).__name__
+                raise ArgumentTypeError(message("LatentAttention", "documents", got, "Documents, beside a cache"))
             cache.store_prompts(torch.cat([latent_TC, k_rope_TR], -1), documents)
-        k_nope, v_THV = self._split_heads(self.kv_b_proj(latent_TC))
+        latent_SC, k_rope_SR = self.core.gather((latent_TC, k_rope_TR), documents)
+        k_nope, v_SHV = self._split_heads(self.kv_b_proj(latent_SC))
         q_THQ = torch.cat([q_nope, q_rope], -1)
-        k_THQ = torch.cat([k_nope, k_rope_TR[:, None].expand(-1, k_nope.shape[1], -1)], -1)
+        k_SHQ = torch.cat([k_nope, k_rope_SR[:, None].expand(-1, k_nope.shape[1], -1)], -1)
         if max_logits_H is not None:
-            largest_H = max_softmax_logits(q_THQ.detach(), k_THQ.detach(), documents, scale=self.core.scale)
-            torch.maximum(max_logits_H, largest_H, out=max_logits_H)
-        return self.o_proj(self.core(q_THQ, k_THQ, v_THV, documents).flatten(1))
+            torch.maximum(max_logits_H, self.core.max_logits(q_THQ, k_SHQ, documents), out=max_logits_H)
+        return self.o_proj(self.core(q_THQ, k_SHQ, v_SHV, documents).flatten(1))
 
     def queries(self, x_TD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
         """The queries without position (T, H, N) and the rotated ones (T, H, R)."""
