@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from k25sys.errors import GridError, message
+from k25sys.errors import GridError, ShapeError, message
 from k25sys.parallel.grid import GridSizes, RankGrid
 
 
@@ -77,14 +77,37 @@ class ParameterLayout:
                 yield rank
 
 
-def local_part(whole: Tensor, layout: ParameterLayout, sizes: GridSizes, rank: int) -> Tensor:
-    """A copy of what `rank` holds of a whole parameter, in the parameter's own dimensions.
+def local_part(tensor: Tensor, layout: ParameterLayout, sizes: GridSizes, rank: int) -> Tensor:
+    """What `rank` holds of a whole parameter, as a contiguous copy with as many dimensions as the parameter has.
 
-    Splits lie along dimensions that the parameter has, or inside one that `layout.shape` views as several.
+    Args:
+        tensor: the parameter, its gradient or a state of its optimiser, on any device, meta included.
+        layout: `layout.shape` views the tensor, each of whose dimensions is a run of the layout's.
+
+    Raises:
+        ShapeError: the layout does not view this tensor.
+        GridError: an axis does not divide its dimension.
     """
-    part = whole.reshape(layout.shape)[tuple(slice(*ends) for ends in layout.box(sizes, rank))]
-    extra = len(layout.shape) - whole.dim()
-    if extra > 0:  # the viewed dimensions lie after the leading ones, before the last
-        kept = whole.dim() - 2
-        part = part.flatten(kept, kept + extra)
+    folded = _fold(tensor.shape, layout)
+    layout.check("local_part", sizes)
+    box = tuple(slice(first, last) for first, last in layout.box(sizes, rank))
+    local = layout.local_shape(sizes)
+    part = tensor.detach().reshape(layout.shape)[box].reshape([prod(local[dim] for dim in run) for run in folded])
     return part.clone(memory_format=torch.contiguous_format)
+
+
+def _fold(shape: tuple[int, ...], layout: ParameterLayout) -> list[range]:
+    """The dimensions of `layout.shape` that make up each dimension of `shape`."""
+    runs: list[range] = []
+    begin = 0
+    for i, size in enumerate(shape):
+        end = begin + 1
+        while end < len(layout.shape) and (prod(layout.shape[begin:end]) < size or i == len(shape) - 1):
+            end += 1
+        runs.append(range(begin, end))
+        begin = end
+    sizes = tuple(prod(layout.shape[dim] for dim in run) for run in runs)
+    if begin != len(layout.shape) or sizes != tuple(shape):
+        accepted = f"a shape that {layout.shape} views"
+        raise ShapeError(message("local_part", "tensor", f"shape {tuple(shape)}", accepted))
+    return runs

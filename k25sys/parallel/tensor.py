@@ -1,14 +1,21 @@
-"""Tensor parallel layers with sequence parallel around them: heads and widths are split over the axis "tensor".
+"""Linear layers whose weights are split over the tensor ranks, between tokens that are split over the same ranks.
 
-Between layers a rank holds its own consecutive rows of the tokens. A column-parallel layer gathers the rows of all
-ranks and gives its own output columns; a row-parallel one takes its own input columns and scatters the rows of the
-sum. Gathered inputs are not kept: the backward gathers them again, while it computes the gradient of the input; the
-reduce-scatter of that gradient runs while the weight's is computed.
+Shape suffixes: T tokens of the tensor group, N = T / ranks of this rank, K channels in, I channels out or between.
 
-Layers take over a whole layer, whose tensors may be on meta, and keep this rank's part under the same names.
+Tensor parallelism comes with sequence parallelism (arXiv 2205.05198): between layers a rank has N tokens; where a layer
+needs all T, they are gathered, and its output is summed and scattered. A layer that gathers its input saves its own N
+rows alone and gathers them again in the backward. There, in the order of the calls,
+
+    the input's gather starts | GEMM of the input's gradient | its reduce-scatter starts | GEMM of the weight's gradient
+
+so that either communication has a GEMM to hide behind. On NCCL a trace shows two streams, each collective beside the
+GEMM that follows it in this list (CUDA_DEVICE_MAX_CONNECTIONS=1 keeps the order of their launches); gloo moves bytes on
+threads of its own. In a WeightGradStore that defers, the weight's half gathers when it runs: what waits is N rows.
+
+Each layer takes the whole layer and keeps this rank's part, in the parameters' own names; a layer on meta stays there.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,179 +23,221 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from k25sys.parallel.collectives import Group, all_gather, gather_rows, reduce_scatter, reduce_scatter_rows
+from k25sys.errors import ArgumentTypeError, GridError, ShapeError, message
+from k25sys.parallel.collectives import (
+    Group,
+    all_reduce,
+    gather_rows,
+    reduce_scatter_rows,
+    start_gather,
+    start_reduce_scatter,
+)
 from k25sys.parallel.grid import RankGrid
 from k25sys.parallel.layout import ParameterLayout, local_part
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient, linear
 
 
-def split_rows(parameter: Tensor, name: str, grid: RankGrid) -> nn.Parameter:
-    """This rank's rows of a weight (N, K), or of a bias (N,)."""
-    return _part(parameter, name, ParameterLayout(shape=tuple(parameter.shape), splits=((0, "tensor"),)), grid)
-
-
-def split_columns(parameter: Tensor, name: str, grid: RankGrid) -> nn.Parameter:
-    """This rank's columns of a weight (N, K)."""
-    return _part(parameter, name, ParameterLayout(shape=tuple(parameter.shape), splits=((1, "tensor"),)), grid)
-
-
-def _part(parameter: Tensor, name: str, layout: ParameterLayout, grid: RankGrid) -> nn.Parameter:
-    layout.check(name, grid.sizes)
-    part = local_part(parameter.detach(), layout, grid.sizes, grid.rank)
+def own_part(parameter: nn.Parameter, grid: RankGrid, dim: int) -> nn.Parameter:
+    """This rank's part of a parameter that is split along `dim` over "tensor"; one rank keeps the parameter itself."""
+    if grid.size("tensor") == 1:
+        return parameter
+    layout = ParameterLayout(shape=tuple(parameter.shape), splits=((dim, "tensor"),))
+    part = local_part(parameter, layout, grid.sizes, grid.rank)
     return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
-def _wait(work: Any) -> None:
-    if work is not None:
-        work.wait()
+def check_split(op: str, name: str, size: int, unit: int, grid: RankGrid) -> None:
+    """Raises GridError unless `size`, in units of `unit` that stay together, divides over the tensor ranks."""
+    ranks = grid.size("tensor")
+    if unit < 1 or size % (unit * ranks):
+        units = "" if unit == 1 else f" in units of {unit}"
+        accepted = f"a multiple of {ranks}{'' if unit == 1 else f' x {unit}'}"
+        raise GridError(message(op, name, f"{size}{units} over {ranks} tensor ranks", accepted))
 
 
-class _GatheredLinears(torch.autograd.Function):
-    """The rows of all ranks through several weights: one gather for all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, store: WeightGradStore, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        ctx.weights, ctx.group, ctx.store = weights, group, store
-        rows, _ = all_gather(x, group)
-        return tuple(F.linear(rows, weight) for weight in weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        weights, group, store = ctx.weights, ctx.group, ctx.store
-        trained = [weight.requires_grad for weight in weights]
-        rows, gathering = all_gather(x, group, async_op=True) if any(trained) else (x, None)
-        grad_x, scattering = None, None
-        if ctx.needs_input_grad[2]:
-            grad_rows = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                grad_rows += grad @ weight
-            grad_x, scattering = reduce_scatter(grad_rows, group, async_op=True)
-
-        def compute() -> None:
-            for grad, weight, needed in zip(grads, weights, trained, strict=True):
-                if needed:
-                    accumulate_gradient(weight, grad.T @ rows)
-
-        _wait(gathering)
-        if any(trained):
-            store.put(compute)
-        _wait(scattering)
-        return None, None, grad_x, *(None for _ in weights)
+def _check_linear(op: str, layer: nn.Module) -> None:
+    if not isinstance(layer, nn.Linear):
+        raise ArgumentTypeError(message(op, "layer", type(layer).__name__, "a torch.nn.Linear"))
 
 
-def gathered_linears(x: Tensor, weights: tuple[Tensor, ...], group: Group, store: WeightGradStore) -> list[Tensor]:
-    """x W^T of the rows of all ranks, for each W.
+class _Linear(nn.Module):
+    """What the layers below share: the parameters of an nn.Linear, or parts of them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, grid: RankGrid, store: WeightGradStore) -> None:
+        super().__init__()
+        self.group, self.store = grid.group("tensor"), store
+
+    def extra_repr(self) -> str:
+        """Sizes of this rank's part."""
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"
+
+
+class ColumnParallelLinear(_Linear):
+    """A rank has some of the outputs, for all T tokens.
 
     Args:
-        x: (T, K), this rank's rows.
-        weights: (N, K) each, leaves.
-
-    Returns:
-        (size * T, N) for each weight.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in weights)):
-        return list(_GatheredLinears.apply(group, store, x, *weights))
-    rows, _ = all_gather(x, group)
-    return [F.linear(rows, weight) for weight in weights]
-
-
-class ColumnParallelLinear(nn.Module):
-    """Output columns split over "tensor": weight (N / size, K).
-
-    Args:
-        layer: nn.Linear without bias.
-        gather_input: the input is this rank's rows, and is gathered; else it is the rows of all ranks already, and its
-            gradient is this rank's part of a sum.
+        layer: the whole layer, weight (I, K).
+        grid: splits I over "tensor".
+        store: of the weight gradients.
+        gather_input: True: the input is this rank's N tokens, and so is its gradient. False: the input is all T tokens
+            already, and its gradient the summand of this rank's outputs: `gather_rows` or `copy_to_group` before
+            this layer sums it.
+        unit: outputs that stay together: the channels of an attention head.
 
     Raises:
-        GridError: an axis that does not divide N. ValueError: a layer with a bias.
+        GridError: I does not divide.
     """
 
-    def __init__(self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, gather_input: bool) -> None:
-        super().__init__()
-        assert layer.bias is None
-        self.weight = split_rows(layer.weight, "weight", grid)
-        self.gather_input, self.store, self.group = gather_input, store, grid.group("tensor")
+    def __init__(
+        self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, gather_input: bool, unit: int = 1
+    ) -> None:
+        super().__init__(grid, store)
+        _check_linear("ColumnParallelLinear", layer)
+        check_split("ColumnParallelLinear", "out_features", layer.out_features, unit, grid)
+        self.weight = own_part(layer.weight, grid, 0)
+        self.bias = None if layer.bias is None else own_part(layer.bias, grid, 0)
+        self.gather_input = gather_input
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, K), or (size * T, K) without gather_input, -> (size * T, N / size)."""
+        """(N, K) (or (..., K) where the input is gathered already) -> (T, I / ranks)."""
         if self.gather_input:
-            return gathered_linears(x, (self.weight,), self.group, self.store)[0]
-        return linear(x, self.weight, None, self.store)
+            return gathered_linears(x, [self], self.group, self.store)[0]
+        return linear(x, self.weight, self.bias, self.store)
 
 
-class RowParallelLinear(nn.Module):
-    """Input columns split over "tensor": weight (N, K / size); the rows of the sum are scattered.
+class RowParallelLinear(_Linear):
+    """A rank has some of the inputs of all T tokens, and what it makes of them is a summand of the output.
+
+    Args:
+        layer: the whole layer, weight (K, I), bias added once.
+        grid: splits I over "tensor".
+        store: of the weight gradients.
+        reduce_scatter_output: True: a rank gets the sum for its N tokens, and gathers the gradient in the backward.
+            False: every rank gets all T.
+        unit: inputs that stay together: the channels of an attention head.
 
     Raises:
-        GridError: an axis that does not divide K.
+        GridError: I does not divide.
+        ShapeError: T does not divide, in the forward.
+    """
+
+    def __init__(
+        self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, reduce_scatter_output: bool, unit: int = 1
+    ) -> None:
+        super().__init__(grid, store)
+        _check_linear("RowParallelLinear", layer)
+        check_split("RowParallelLinear", "in_features", layer.in_features, unit, grid)
+        self.weight = own_part(layer.weight, grid, 1)
+        self.bias = layer.bias
+        self.reduce_scatter_output = reduce_scatter_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, I / ranks) -> (N, K), or (T, K) without reduce-scatter."""
+        summand = linear(x, self.weight, None, self.store)
+        total = (reduce_scatter_rows if self.reduce_scatter_output else all_reduce)(summand, self.group)
+        return total if self.bias is None else total + self.bias
+
+
+class SequenceGatheredLinear(_Linear):
+    """A whole weight on this rank's tokens, whose output is gathered: for outputs that are narrower than the input.
+
+    MLA's down-projections send 2,112 channels a token of Kimi K2.5 (1,536 of queries, 512 + 64 of latent and rotated
+    key) where gathering their input would send 7,168. What follows on every rank is a part of the heads, so that the
+    gradient that comes back is a summand: the backward sums and scatters it. The weight's gradient covers N tokens:
+    sum it over "tensor".
     """
 
     def __init__(self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore) -> None:
-        super().__init__()
-        assert layer.bias is None
-        self.weight = split_columns(layer.weight, "weight", grid)
-        self.store, self.group = store, grid.group("tensor")
+        super().__init__(grid, store)
+        _check_linear("SequenceGatheredLinear", layer)
+        self.weight, self.bias = layer.weight, layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(size * T, K / size) -> (T, N)."""
-        return reduce_scatter_rows(linear(x, self.weight, None, self.store), self.group)
-
-
-class SequenceGatheredLinear(nn.Module):
-    """A whole weight on every rank, applied to this rank's rows; the output's rows are gathered.
-
-    For outputs narrower than inputs (MLA's latents), whose gather costs less than the input's. Gradients of the weight
-    are sums over this rank's rows: ParameterLayout.sum_over_tensor.
-    """
-
-    def __init__(self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore) -> None:
-        super().__init__()
-        assert layer.bias is None
-        self.weight, self.store, self.group = layer.weight, store, grid.group("tensor")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, K) -> (size * T, N)."""
-        return gather_rows(linear(x, self.weight, None, self.store), self.group)
-
-
-class _Weight(nn.Module):
-    """A weight under the name that it had in the whole layer."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
+    def forward(self, x_NK: Tensor) -> Tensor:
+        """(N, K) -> (T, I)."""
+        return gather_rows(linear(x_NK, self.weight, self.bias, self.store), self.group)
 
 
 class TensorParallelSwiGLU(nn.Module):
-    """down(activate(gate(x), up(x))) of this rank's rows: one gather, and one reduce-scatter.
+    """down(silu(gate(x)) * up(x)) with the width split over "tensor"; the input is gathered once for gate and up.
 
     Args:
-        swiglu: a module with gate_proj, up_proj and down_proj, and `activate`.
+        swiglu: a module with gate_proj, up_proj (I, D) and down_proj (D, I); their names stay.
+        grid, store: as above.
 
     Raises:
-        GridError: an axis that does not divide the width.
+        GridError: I does not divide.
     """
 
     def __init__(self, swiglu: nn.Module, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__()
-        weight = {name: swiglu.get_parameter(f"{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")}
-        self.gate_proj = _Weight(split_rows(weight["gate_proj"], "gate_proj", grid))
-        self.up_proj = _Weight(split_rows(weight["up_proj"], "up_proj", grid))
-        self.down_proj = _Weight(split_columns(weight["down_proj"], "down_proj", grid))
-        self.activate: Callable[[Tensor, Tensor], Tensor] = swiglu.activate  # pyright: ignore[reportAttributeAccessIssue]
-        self.store, self.group = store, grid.group("tensor")
+        gate, up, down = (swiglu.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        for layer in (gate, up, down):
+            _check_linear("TensorParallelSwiGLU", layer)
+        self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
+        self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
+        self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)  # pyright: ignore[reportArgumentType]
+        self.group, self.store = grid.group("tensor"), store
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
-        if self.group is None:  # two functions, as in the whole layer: the sum of their gradients is autograd's
-            gate = linear(x, self.gate_proj.weight, None, self.store)
-            up = linear(x, self.up_proj.weight, None, self.store)
-        else:
-            weights = (self.gate_proj.weight, self.up_proj.weight)
-            gate, up = gathered_linears(x, weights, self.group, self.store)
-        act = self.activate(gate, up)
-        return reduce_scatter_rows(linear(act, self.down_proj.weight, None, self.store), self.group)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """(N, D) -> (N, D)."""
+        gate_TI, up_TI = gathered_linears(x_ND, [self.gate_proj, self.up_proj], self.group, self.store)
+        return self.down_proj(F.silu(gate_TI) * up_TI)
+
+
+def gathered_linears(
+    x_NK: Tensor, layers: Sequence[ColumnParallelLinear], group: Group, store: WeightGradStore
+) -> tuple[Tensor, ...]:
+    """Several column-parallel layers of one input: (N, K) -> (T, I / ranks) of each. One gather, one reduce-scatter.
+
+    Raises:
+        ShapeError: x has not two dimensions.
+    """
+    if x_NK.dim() != 2:
+        raise ShapeError(message("ColumnParallelLinear", "x", f"shape {tuple(x_NK.shape)}", "(N, K): rows of tokens"))
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if group is None:  # exactly what the whole layers compute, bit by bit
+        return tuple(linear(x_NK, weight, bias, store) for weight, bias in zip(weights, biases, strict=True))
+    return _GatheredLinears.apply(x_NK, group, store, *weights, *biases)
+
+
+class _GatheredLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, store: WeightGradStore, *parameters: Any) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.save_for_backward(x, *weights)
+        ctx.group, ctx.store, ctx.biases = group, store, biases
+        rows = start_gather(x, group).wait()
+        return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *weights), group, store = ctx.saved_tensors, ctx.group, ctx.store
+        needs = ctx.needs_input_grad[3:]
+        targets = [p if need else None for p, need in zip((*weights, *ctx.biases), needs, strict=True)]
+        with_weights = any(weight is not None for weight in targets[: len(weights)])
+        gathering = start_gather(x, group) if with_weights and not store.is_deferring else None
+        scattering = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_rows.addmm_(grad, weight)
+            scattering = start_reduce_scatter(grad_rows, group)
+
+        def compute() -> None:
+            rows = None
+            if with_weights:
+                rows = (gathering or start_gather(x, group)).wait()
+            for grad, weight, bias in zip(grads, targets[: len(weights)], targets[len(weights) :], strict=True):
+                if weight is not None and rows is not None:
+                    accumulate_gradient(weight, grad.T @ rows)
+                if bias is not None:
+                    accumulate_gradient(bias, grad.sum(0))
+
+        if with_weights or any(needs):
+            store.put(compute)
+        return None if scattering is None else scattering.wait(), None, None, *(None for _ in needs)
