@@ -40,6 +40,11 @@ class AttentionCore(nn.Module):
             raise BackendError(message("attention", "implementation", repr(implementation), ", ".join(IMPLEMENTATIONS)))
         self.implementation, self.scale, self.causal = implementation, scale, causal
 
+    def widen(self, v_THV: Tensor, width: int) -> Tensor:
+        """The values as the implementation saves them for the backward, beside queries of `width` channels: with zeros
+        up to that width where it takes one width only. `forward` takes them like this too."""
+        return v_THV if self.implementation == "flex" else F.pad(v_THV, (0, max(0, width - v_THV.shape[-1])))
+
     def forward(self, q_THQ: Tensor, k_THQ: Tensor, v_THV: Tensor, documents: Documents) -> Tensor:
         """The attended values (T, H, V) in the dtype of q."""
         attend = {"sdpa": _sdpa, "flex": _flex, "flash_attn": _flash_attn}[self.implementation]

@@ -78,6 +78,12 @@ def _max_violation(load_LN: Tensor) -> float:
     return float(torch.where(mean_L > 0, load_LN.amax(1) / mean_L - 1, 0.0).amax())
 
 
+def _bias_of(router: nn.Module) -> Tensor:
+    bias_E = router.e_score_correction_bias
+    assert isinstance(bias_E, Tensor)
+    return bias_E
+
+
 class ExpertBalancer:
     """Counts the tokens that each router sends to each expert, and moves the routers' biases after a step.
 
@@ -88,7 +94,7 @@ class ExpertBalancer:
         metrics |= balancer.update() # after the optimiser's step
 
     Args:
-        routers: modules whose output is (weights_TK, experts_TK), with a buffer e_score_correction_bias (E,); the same
+        routers: modules whose output is (weights_TK, experts_TK), with a tensor e_score_correction_bias (E,); the same
             number of experts each. Names are for messages.
         grid: its "stage" ranks sum their loads. rate: may be changed between steps; DeepSeek-V3 ends with 0.
     """
@@ -96,7 +102,7 @@ class ExpertBalancer:
     def __init__(self, routers: Mapping[str, nn.Module], grid: RankGrid, *, rate: float) -> None:
         self.grid, self.rate = grid, rate
         self._routers = list(routers.values())
-        biases = [router.get_buffer("e_score_correction_bias") for router in self._routers]
+        biases = [_bias_of(router) for router in self._routers]
         for name, bias_E in zip(routers, biases, strict=True):
             if bias_E.shape != biases[0].shape:
                 got, accepted = tuple(bias_E.shape), f"{tuple(biases[0].shape)}, as the first router has"
@@ -122,7 +128,7 @@ class ExpertBalancer:
         """
         if not self._routers:
             return {}
-        biases = [router.get_buffer("e_score_correction_bias") for router in self._routers]
+        biases = [_bias_of(router) for router in self._routers]
         bias_LE = torch.stack(biases)
         load_LE = update_expert_bias(bias_LE, torch.stack(self._load), rate=self.rate, grid=self.grid)
         for bias_E, moved_E, counted_E in zip(biases, bias_LE, self._load, strict=True):

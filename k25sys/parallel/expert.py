@@ -16,9 +16,9 @@ from k25sys.parallel import expert_exchange, transport
 from k25sys.parallel import payload as payloads
 from k25sys.parallel.expert_exchange import Exchange
 from k25sys.parallel.grid import RankGrid
-from k25sys.parallel.layout import ParameterLayout
+from k25sys.parallel.layout import ParameterLayout, local_part
 from k25sys.parallel.transport import Transport
-from k25sys.parallel.weight_grads import WeightGradStore
+from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient, gradient_landed
 
 
 def expert_layouts(num_experts: int, dim: int, width: int) -> dict[str, ParameterLayout]:
@@ -146,9 +146,22 @@ class ExpertParallel(nn.Module):
     def _experts(
         self, x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, put: Callable[[Callable[[], None]], None]
     ) -> Tensor:
+        """The local experts; their weights' gradients are handed to `put`, and land where `store` would put them."""
+        weights = (self.gate_up_proj, self.down_proj)
+        main_grads = [getattr(weight, "main_grad", None) for weight in weights]
+
+        def defer(compute: ops.WeightGrads) -> None:
+            def land() -> None:
+                for weight, gradient in zip(weights, compute(), strict=True):
+                    if weight.requires_grad:
+                        gradient_landed(weight) if gradient is None else accumulate_gradient(weight, gradient)
+
+            put(land)
+
         return ops.expert_mlp(
-            x_ND, self.gate_up_proj, self.down_proj, weights_NK, experts_NK, activation_store=self.activation_store
-        )
+            x_ND, *weights, weights_NK, experts_NK, gate_up_main_grad=main_grads[0], down_main_grad=main_grads[1],
+            activation_store=self.activation_store, defer_weight_grads=defer,
+        )  # fmt: skip
 
 
 class OverlappedMixtureOfExperts(nn.Module):
@@ -171,9 +184,8 @@ class OverlappedMixtureOfExperts(nn.Module):
 
 def _own_part(parameter: nn.Parameter, name: str, layout: ParameterLayout, grid: RankGrid) -> nn.Parameter:
     layout.check(name, grid.sizes)
-    box = tuple(slice(*ends) for ends in layout.box(grid.sizes, grid.rank))
-    part = parameter.detach().reshape(layout.shape)[box].flatten(1, -2)
-    return nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+    part = local_part(parameter.detach(), layout, grid.sizes, grid.rank)
+    return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
 def _check(x: Tensor, weights: Tensor, experts: Tensor, down_proj: Tensor) -> None:

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+import torch
+from torch import Tensor
+
 from k25sys.errors import GridError, message
 from k25sys.parallel.grid import GridSizes, RankGrid
 
@@ -29,11 +32,13 @@ class ParameterLayout:
     """Of a routed expert: copies lie along "expert_data" instead of "data_context"."""
     sum_over_tensor: bool = False
     """Whole on every tensor rank, each of which sees some of the tokens (sequence parallel), or some of the heads."""
+    everywhere: bool = False
+    """Whole on every rank of the grid, pipeline stages included: the decoupled encoder's."""
 
     @property
     def replicas(self) -> str:
         """The axis along which copies lie."""
-        return "expert_data" if self.expert else "data_context"
+        return "world" if self.everywhere else "expert_data" if self.expert else "data_context"
 
     @property
     def num_matrices(self) -> int:
@@ -70,3 +75,16 @@ class ParameterLayout:
         for rank in grid.ranks("stage"):
             if self.box(grid.sizes, rank) == box:
                 yield rank
+
+
+def local_part(whole: Tensor, layout: ParameterLayout, sizes: GridSizes, rank: int) -> Tensor:
+    """A copy of what `rank` holds of a whole parameter, in the parameter's own dimensions.
+
+    Splits lie along dimensions that the parameter has, or inside one that `layout.shape` views as several.
+    """
+    part = whole.reshape(layout.shape)[tuple(slice(*ends) for ends in layout.box(sizes, rank))]
+    extra = len(layout.shape) - whole.dim()
+    if extra > 0:  # the viewed dimensions lie after the leading ones, before the last
+        kept = whole.dim() - 2
+        part = part.flatten(kept, kept + extra)
+    return part.clone(memory_format=torch.contiguous_format)

@@ -16,6 +16,7 @@ import numpy as np
 from k25sys.errors import ArgumentValueError, message
 
 _MAX_PASSES = 10_000  # of the refinement; each lowers the largest load or ends it
+_EXCHANGE_RANKS = 16  # with which the fullest one may exchange: the least loaded
 
 
 @dataclass(frozen=True, order=True)
@@ -282,7 +283,8 @@ def _best_exchange(
     costs: Sequence[float], held: Sequence[Sequence[int]], loads_R: np.ndarray, full: int
 ) -> tuple[int, int, int | None] | None:
     """(pack of the fullest rank, other rank, pack that comes back or None) that lowers the larger load most, if any."""
-    others = [(rank, back) for rank in range(len(held)) if rank != full for back in (None, *held[rank])]
+    least_loaded = loads_R.argsort(kind="stable")[:_EXCHANGE_RANKS].tolist()
+    others = [(rank, back) for rank in least_loaded if rank != full for back in (None, *held[rank])]
     if not others:
         return None
     ranks = np.array([rank for rank, _ in others])
