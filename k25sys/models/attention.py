@@ -1,7 +1,7 @@
 """Multi-head latent attention (MLA): keys and values of all heads come from one latent a token.
 
-Shape suffixes: T tokens, D model, H heads, Q = N + R query channels (N without position, R rotated), V value channels,
-C latent, A sequences that decode.
+Shape suffixes: T tokens, S tokens whose keys they may see (the same ones, unless the core gathers others), D model,
+H heads, Q = N + R query channels (N without position, R rotated), V value channels, C latent, A sequences that decode.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k25sys.models.attention_core import AttentionCore, max_softmax_logits
+from k25sys.errors import ArgumentTypeError, message
+from k25sys.models.attention_core import AttentionCore
 from k25sys.models.config import TextConfig
-from k25sys.models.documents import Documents
+from k25sys.models.documents import Documents, Packing
 from k25sys.models.latent_cache import LayerCache
 from k25sys.models.rope import RotaryTables, rotate_pairs, softmax_scale
 
@@ -53,7 +54,7 @@ class LatentAttention(nn.Module):
         self,
         x_TD: Tensor,
         tables: RotaryTables,
-        documents: Documents,
+        documents: Packing,
         *,
         max_logits_H: Tensor | None = None,
         cache: LayerCache | None = None,
@@ -69,17 +70,23 @@ class LatentAttention(nn.Module):
 
         Returns:
             (T, D).
+
+        Raises:
+            ArgumentTypeError: a cache beside documents of which some of the tokens are elsewhere.
         """
         whole = self.config.q_lora_rank is None
         q_THQ = self._queries(x_TD, *tables) if whole else self.expand(self._queries, self._query_latent(x_TD), *tables)
         latent_TC, k_rope_TR = self.latents(x_TD, tables)
         if cache is not None:
+            if not isinstance(documents, Documents):
+                got = type(documents).__name__
+                raise ArgumentTypeError(message("LatentAttention", "documents", got, "Documents, beside a cache"))
             cache.store_prompts(torch.cat([latent_TC, k_rope_TR], -1), documents)
-        k_THQ, v_THV = self.expand(self._keys_and_values, latent_TC, k_rope_TR)
+        latent_SC, k_rope_SR = self.core.gather((latent_TC, k_rope_TR), documents)
+        k_SHQ, v_SHV = self.expand(self._keys_and_values, latent_SC, k_rope_SR)
         if max_logits_H is not None:
-            largest_H = max_softmax_logits(q_THQ.detach(), k_THQ.detach(), documents, scale=self.core.scale)
-            torch.maximum(max_logits_H, largest_H, out=max_logits_H)
-        attended_THV = self.core(q_THQ, k_THQ, v_THV, documents)[..., : self.config.v_head_dim]
+            torch.maximum(max_logits_H, self.core.max_logits(q_THQ, k_SHQ, documents), out=max_logits_H)
+        attended_THV = self.core(q_THQ, k_SHQ, v_SHV, documents)[..., : self.config.v_head_dim]
         return self.o_proj(attended_THV.flatten(1))
 
     def queries(self, x_TD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
@@ -101,11 +108,11 @@ class LatentAttention(nn.Module):
     def _queries(self, x_TX: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
         return torch.cat(self._split_queries(x_TX, (cos_TF, sin_TF)), -1)
 
-    def _keys_and_values(self, latent_TC: Tensor, k_rope_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (T, H, Q), and values as wide as the core takes them."""
-        k_nope, v_THV = self._split_heads(self.kv_b_proj(latent_TC))
-        k_THQ = torch.cat([k_nope, k_rope_TR[:, None].expand(-1, k_nope.shape[1], -1)], -1)
-        return k_THQ, self.core.widen(v_THV, k_THQ.shape[-1])
+    def _keys_and_values(self, latent_SC: Tensor, k_rope_SR: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (S, H, Q), and values as wide as the core takes them."""
+        k_nope, v_SHV = self._split_heads(self.kv_b_proj(latent_SC))
+        k_SHQ = torch.cat([k_nope, k_rope_SR[:, None].expand(-1, k_nope.shape[1], -1)], -1)
+        return k_SHQ, self.core.widen(v_SHV, k_SHQ.shape[-1])
 
     def latents(self, x_TD: Tensor, tables: RotaryTables) -> tuple[Tensor, Tensor]:
         """What a token leaves behind: its normalised latent (T, C) and its rotated key (T, R), shared by all heads."""
