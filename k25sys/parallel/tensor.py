@@ -208,15 +208,16 @@ class _GatheredLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, store: WeightGradStore, *parameters: Any) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        ctx.save_for_backward(x, *weights)
-        ctx.group, ctx.store, ctx.biases = group, store, biases
+        ctx.save_for_backward(x)
+        # Not saved: under saved-tensor hooks a leaf comes back as another object, without its main_grad.
+        ctx.group, ctx.store, ctx.weights, ctx.biases = group, store, weights, biases
         rows = start_gather(x, group).wait()
         return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights), group, store = ctx.saved_tensors, ctx.group, ctx.store
+        (x,), weights, group, store = ctx.saved_tensors, ctx.weights, ctx.group, ctx.store
         needs = ctx.needs_input_grad[3:]
         targets = [p if need else None for p, need in zip((*weights, *ctx.biases), needs, strict=True)]
         with_weights = any(weight is not None for weight in targets[: len(weights)])

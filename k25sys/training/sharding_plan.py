@@ -104,8 +104,8 @@ def plan(config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0") -> 
     """The layout of every parameter of KimiK25(config), all pipeline stages together, in the model's order.
 
     Args:
-        vision: "stage0" as above; "dep": the encoder lies on every rank of the grid, each of which sees the gradients of
-            its own packs; "none": it is left out.
+        vision: "stage0" as above; "dep": the encoder lies on every rank of the grid, each of which sees the gradients
+            of its own packs; "none": it is left out.
 
     Raises:
         GridError: heads, vocabulary, widths or experts that an axis of `sizes` does not divide.
