@@ -37,7 +37,7 @@ from k25sys.parallel.layout import ParameterLayout, local_part
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient, linear
 
 
-def own_part(parameter: nn.Parameter, grid: RankGrid, dim: int) -> nn.Parameter:
+def own_part(parameter: Tensor, grid: RankGrid, dim: int) -> Tensor:
     """This rank's part of a parameter that is split along `dim` over "tensor"; one rank keeps the parameter itself."""
     if grid.size("tensor") == 1:
         return parameter
@@ -55,16 +55,17 @@ def check_split(op: str, name: str, size: int, unit: int, grid: RankGrid) -> Non
         raise GridError(message(op, name, f"{size}{units} over {ranks} tensor ranks", accepted))
 
 
-def _check_linear(op: str, layer: nn.Module) -> None:
+def _linear_layer(op: str, layer: object) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise ArgumentTypeError(message(op, "layer", type(layer).__name__, "a torch.nn.Linear"))
+    return layer
 
 
 class _Linear(nn.Module):
     """What the layers below share: the parameters of an nn.Linear, or parts of them."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class ColumnParallelLinear(_Linear):
         self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, gather_input: bool, unit: int = 1
     ) -> None:
         super().__init__(grid, store)
-        _check_linear("ColumnParallelLinear", layer)
+        _linear_layer("ColumnParallelLinear", layer)
         check_split("ColumnParallelLinear", "out_features", layer.out_features, unit, grid)
         self.weight = own_part(layer.weight, grid, 0)
         self.bias = None if layer.bias is None else own_part(layer.bias, grid, 0)
@@ -129,7 +130,7 @@ class RowParallelLinear(_Linear):
         self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, reduce_scatter_output: bool, unit: int = 1
     ) -> None:
         super().__init__(grid, store)
-        _check_linear("RowParallelLinear", layer)
+        _linear_layer("RowParallelLinear", layer)
         check_split("RowParallelLinear", "in_features", layer.in_features, unit, grid)
         self.weight = own_part(layer.weight, grid, 1)
         self.bias = layer.bias
@@ -153,7 +154,7 @@ class SequenceGatheredLinear(_Linear):
 
     def __init__(self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__(grid, store)
-        _check_linear("SequenceGatheredLinear", layer)
+        _linear_layer("SequenceGatheredLinear", layer)
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x_NK: Tensor) -> Tensor:
@@ -174,12 +175,13 @@ class TensorParallelSwiGLU(nn.Module):
 
     def __init__(self, swiglu: nn.Module, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__()
-        gate, up, down = (swiglu.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        for layer in (gate, up, down):
-            _check_linear("TensorParallelSwiGLU", layer)
-        self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
-        self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
-        self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)  # pyright: ignore[reportArgumentType]
+        gate, up, down = (
+            _linear_layer("TensorParallelSwiGLU", swiglu.get_submodule(name))
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)
+        self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)
+        self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)
         self.group, self.store = grid.group("tensor"), store
 
     def forward(self, x_ND: Tensor) -> Tensor:
