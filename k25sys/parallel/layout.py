@@ -32,11 +32,13 @@ class ParameterLayout:
     """Of a routed expert: copies lie along "expert_data" instead of "data_context"."""
     sum_over_tensor: bool = False
     """Whole on every tensor rank, each of which sees some of the tokens (sequence parallel), or some of the heads."""
+    everywhere: bool = False
+    """Whole on every rank of the grid, pipeline stages included: the decoupled encoder's."""
 
     @property
     def replicas(self) -> str:
         """The axis along which copies lie."""
-        return "expert_data" if self.expert else "data_context"
+        return "world" if self.everywhere else "expert_data" if self.expert else "data_context"
 
     @property
     def num_matrices(self) -> int:

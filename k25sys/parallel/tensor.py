@@ -15,7 +15,7 @@ threads of its own. In a WeightGradStore that defers, the weight's half gathers 
 Each layer takes the whole layer and keeps this rank's part, in the parameters' own names; a layer on meta stays there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -163,10 +163,10 @@ class SequenceGatheredLinear(_Linear):
 
 
 class TensorParallelSwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the width split over "tensor"; the input is gathered once for gate and up.
+    """down(activate(gate(x), up(x))) with the width split over "tensor"; the input is gathered once for gate and up.
 
     Args:
-        swiglu: a module with gate_proj, up_proj (I, D) and down_proj (D, I); their names stay.
+        swiglu: a module with gate_proj, up_proj (I, D) and down_proj (D, I), whose names stay, and `activate`.
         grid, store: as above.
 
     Raises:
@@ -182,12 +182,13 @@ class TensorParallelSwiGLU(nn.Module):
         self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)
         self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)
         self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)
+        self.activate: Callable[[Tensor, Tensor], Tensor] = swiglu.activate  # pyright: ignore[reportAttributeAccessIssue]
         self.group, self.store = grid.group("tensor"), store
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
         gate_TI, up_TI = gathered_linears(x_ND, [self.gate_proj, self.up_proj], self.group, self.store)
-        return self.down_proj(F.silu(gate_TI) * up_TI)
+        return self.down_proj(self.activate(gate_TI, up_TI))
 
 
 def gathered_linears(
@@ -210,15 +211,17 @@ class _GatheredLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, store: WeightGradStore, *parameters: Any) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        # Saved, weights are checked for changes; under saved-tensor hooks they come back as other objects, without
+        # their main_grad.
         ctx.save_for_backward(x, *weights)
-        ctx.group, ctx.store, ctx.biases = group, store, biases
+        ctx.group, ctx.store, ctx.weights, ctx.biases = group, store, weights, biases
         rows = start_gather(x, group).wait()
         return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x, *weights), group, store = ctx.saved_tensors, ctx.group, ctx.store
+        x, weights, group, store = ctx.saved_tensors[0], ctx.weights, ctx.group, ctx.store
         needs = ctx.needs_input_grad[3:]
         targets = [p if need else None for p, need in zip((*weights, *ctx.biases), needs, strict=True)]
         with_weights = any(weight is not None for weight in targets[: len(weights)])

@@ -15,14 +15,14 @@ resize of the learned positions), and sends the gradient of every row in each mi
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from k25sys.errors import GridError, message
+from k25sys.errors import ArgumentValueError, GridError, message
 from k25sys.models import KimiK25, KimiK25Config
 from k25sys.models.config import TextConfig
 from k25sys.models.moe import SwiGLU
@@ -81,6 +81,7 @@ LAYOUTS: tuple[_Rule, ...] = (
     _Rule(pattern=_LAYER + r"mlp\.(shared_experts\.)?down_proj\.weight", splits=_COLUMNS, matrix=True),
     # routed experts: experts over expert, the width of each over expert_tensor
     _Rule(pattern=_LAYER + r"mlp\.gate\.weight", matrix=True, sum_over_tensor=True),
+    _Rule(pattern=_LAYER + r"mlp\.gate\.e_score_correction_bias"),  # without a gradient: balancing moves every copy
     _Rule(
         pattern=_LAYER + r"mlp\.experts\.gate_up_proj",
         stacked=(1, 2), splits=((0, "expert"), (2, "expert_tensor")), matrix=True, expert=True,
@@ -99,12 +100,19 @@ LAYOUTS: tuple[_Rule, ...] = (
 """Every parameter of KimiK25 matches exactly one of these."""
 
 
-def plan(config: KimiK25Config, sizes: GridSizes) -> dict[str, ParameterLayout]:
+def plan(config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0") -> dict[str, ParameterLayout]:
     """The layout of every parameter of KimiK25(config), all pipeline stages together, in the model's order.
+
+    Args:
+        vision: "stage0" as above; "dep": the encoder lies on every rank of the grid, each of which sees the gradients
+            of its own packs; "none": it is left out.
 
     Raises:
         GridError: heads, vocabulary, widths or experts that an axis of `sizes` does not divide.
+        ArgumentValueError: another `vision`.
     """
+    if vision not in ("stage0", "dep", "none"):
+        raise ArgumentValueError(message("plan", "vision", repr(vision), "'stage0', 'dep' or 'none'"))
     heads, ranks = config.text.num_attention_heads, sizes.tensor
     if heads % ranks:
         raise GridError(
@@ -113,6 +121,12 @@ def plan(config: KimiK25Config, sizes: GridSizes) -> dict[str, ParameterLayout]:
     with torch.device("meta"):
         model = KimiK25(config)
     layouts = {name: parameter_layout(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    encoder = [name for name in layouts if not name.startswith("language_model.")]
+    for name in encoder:
+        if vision == "dep":
+            layouts[name] = replace(layouts[name], sum_over_tensor=False, everywhere=True)
+        elif vision == "none":
+            del layouts[name]
     for name, layout in layouts.items():
         layout.check(name, sizes)
     return layouts
