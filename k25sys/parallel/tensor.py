@@ -15,7 +15,7 @@ threads of its own. In a WeightGradStore that defers, the weight's half gathers 
 Each layer takes the whole layer and keeps this rank's part, in the parameters' own names; a layer on meta stays there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from k25sys.parallel.layout import ParameterLayout, local_part
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient, linear
 
 
-def own_part(parameter: nn.Parameter, grid: RankGrid, dim: int) -> nn.Parameter:
+def own_part(parameter: Tensor, grid: RankGrid, dim: int) -> Tensor:
     """This rank's part of a parameter that is split along `dim` over "tensor"; one rank keeps the parameter itself."""
     if grid.size("tensor") == 1:
         return parameter
@@ -55,16 +55,17 @@ def check_split(op: str, name: str, size: int, unit: int, grid: RankGrid) -> Non
         raise GridError(message(op, name, f"{size}{units} over {ranks} tensor ranks", accepted))
 
 
-def _check_linear(op: str, layer: nn.Module) -> None:
+def _linear_layer(op: str, layer: object) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise ArgumentTypeError(message(op, "layer", type(layer).__name__, "a torch.nn.Linear"))
+    return layer
 
 
 class _Linear(nn.Module):
     """What the layers below share: the parameters of an nn.Linear, or parts of them."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class ColumnParallelLinear(_Linear):
         self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, gather_input: bool, unit: int = 1
     ) -> None:
         super().__init__(grid, store)
-        _check_linear("ColumnParallelLinear", layer)
+        _linear_layer("ColumnParallelLinear", layer)
         check_split("ColumnParallelLinear", "out_features", layer.out_features, unit, grid)
         self.weight = own_part(layer.weight, grid, 0)
         self.bias = None if layer.bias is None else own_part(layer.bias, grid, 0)
@@ -129,7 +130,7 @@ class RowParallelLinear(_Linear):
         self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore, *, reduce_scatter_output: bool, unit: int = 1
     ) -> None:
         super().__init__(grid, store)
-        _check_linear("RowParallelLinear", layer)
+        _linear_layer("RowParallelLinear", layer)
         check_split("RowParallelLinear", "in_features", layer.in_features, unit, grid)
         self.weight = own_part(layer.weight, grid, 1)
         self.bias = layer.bias
@@ -153,7 +154,7 @@ class SequenceGatheredLinear(_Linear):
 
     def __init__(self, layer: nn.Linear, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__(grid, store)
-        _check_linear("SequenceGatheredLinear", layer)
+        _linear_layer("SequenceGatheredLinear", layer)
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x_NK: Tensor) -> Tensor:
@@ -162,10 +163,10 @@ class SequenceGatheredLinear(_Linear):
 
 
 class TensorParallelSwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the width split over "tensor"; the input is gathered once for gate and up.
+    """down(activate(gate(x), up(x))) with the width split over "tensor"; the input is gathered once for gate and up.
 
     Args:
-        swiglu: a module with gate_proj, up_proj (I, D) and down_proj (D, I); their names stay.
+        swiglu: a module with gate_proj, up_proj (I, D) and down_proj (D, I), whose names stay, and `activate`.
         grid, store: as above.
 
     Raises:
@@ -174,18 +175,20 @@ class TensorParallelSwiGLU(nn.Module):
 
     def __init__(self, swiglu: nn.Module, grid: RankGrid, store: WeightGradStore) -> None:
         super().__init__()
-        gate, up, down = (swiglu.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
-        for layer in (gate, up, down):
-            _check_linear("TensorParallelSwiGLU", layer)
-        self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
-        self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)  # pyright: ignore[reportArgumentType]
-        self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)  # pyright: ignore[reportArgumentType]
+        gate, up, down = (
+            _linear_layer("TensorParallelSwiGLU", swiglu.get_submodule(name))
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        self.gate_proj = ColumnParallelLinear(gate, grid, store, gather_input=True)
+        self.up_proj = ColumnParallelLinear(up, grid, store, gather_input=True)
+        self.down_proj = RowParallelLinear(down, grid, store, reduce_scatter_output=True)
+        self.activate: Callable[[Tensor, Tensor], Tensor] = swiglu.activate  # pyright: ignore[reportAttributeAccessIssue]
         self.group, self.store = grid.group("tensor"), store
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
         gate_TI, up_TI = gathered_linears(x_ND, [self.gate_proj, self.up_proj], self.group, self.store)
-        return self.down_proj(F.silu(gate_TI) * up_TI)
+        return self.down_proj(self.activate(gate_TI, up_TI))
 
 
 def gathered_linears(
@@ -208,8 +211,9 @@ class _GatheredLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, store: WeightGradStore, *parameters: Any) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        ctx.save_for_backward(x)
-        # Not saved: under saved-tensor hooks a leaf comes back as another object, without its main_grad.
+        # Saved, weights are checked for changes; under saved-tensor hooks they come back as other objects, without
+        # their main_grad.
+        ctx.save_for_backward(x, *weights)
         ctx.group, ctx.store, ctx.weights, ctx.biases = group, store, weights, biases
         rows = start_gather(x, group).wait()
         return tuple(F.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -217,7 +221,7 @@ class _GatheredLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), weights, group, store = ctx.saved_tensors, ctx.weights, ctx.group, ctx.store
+        x, weights, group, store = ctx.saved_tensors[0], ctx.weights, ctx.group, ctx.store
         needs = ctx.needs_input_grad[3:]
         targets = [p if need else None for p, need in zip((*weights, *ctx.biases), needs, strict=True)]
         with_weights = any(weight is not None for weight in targets[: len(weights)])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from k25sys.errors import GridError, message
+from k25sys.errors import ArgumentValueError, GridError, message
 from k25sys.models import KimiK25, KimiK25Config
 from k25sys.models.config import TextConfig
 from k25sys.models.moe import SwiGLU
@@ -81,7 +81,7 @@ LAYOUTS: tuple[_Rule, ...] = (
     _Rule(pattern=_LAYER + r"mlp\.(shared_experts\.)?down_proj\.weight", splits=_COLUMNS, matrix=True),
     # routed experts: experts over expert, the width of each over expert_tensor
     _Rule(pattern=_LAYER + r"mlp\.gate\.weight", matrix=True, sum_over_tensor=True),
-    _Rule(pattern=_LAYER + r"mlp\.gate\.e_score_correction_bias"),  # without a gradient
+    _Rule(pattern=_LAYER + r"mlp\.gate\.e_score_correction_bias"),  # without a gradient: balancing moves every copy
     _Rule(
         pattern=_LAYER + r"mlp\.experts\.gate_up_proj",
         stacked=(1, 2), splits=((0, "expert"), (2, "expert_tensor")), matrix=True, expert=True,
@@ -109,7 +109,10 @@ def plan(config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0") -> 
 
     Raises:
         GridError: heads, vocabulary, widths or experts that an axis of `sizes` does not divide.
+        ArgumentValueError: another `vision`.
     """
+    if vision not in ("stage0", "dep", "none"):
+        raise ArgumentValueError(message("plan", "vision", repr(vision), "'stage0', 'dep' or 'none'"))
     heads, ranks = config.text.num_attention_heads, sizes.tensor
     if heads % ranks:
         raise GridError(
