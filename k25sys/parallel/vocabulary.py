@@ -14,7 +14,7 @@ from k25sys import ops
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, DTypeError, ShapeError, message
 from k25sys.parallel.collectives import all_reduce, gather_rows, own_rows, reduce_scatter_rows, rows_per_rank
 from k25sys.parallel.grid import RankGrid
-from k25sys.parallel.tensor import ColumnParallelLinear, check_split, own_part
+from k25sys.parallel.tensor import ColumnParallelLinear, accumulating, check_split, own_part
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient
 
 
@@ -130,8 +130,8 @@ class VocabParallelHead(ColumnParallelLinear):
         """
         hidden_TD = gather_rows(hidden_ND, self.group, gradient="whole")
         return ops.linear_cross_entropy(
-            hidden_TD, self._weight(), targets_T, loss_mask_T, normalizer=normalizer, process_group=self.group,
-            vocab_start=self.vocab_start,
+            hidden_TD, accumulating(self.weight), targets_T, loss_mask_T, normalizer=normalizer,
+            process_group=self.group, vocab_start=self.vocab_start,
         )  # fmt: skip
 
     def clipped_log_ratio_loss(
@@ -142,27 +142,10 @@ class VocabParallelHead(ColumnParallelLinear):
         """ops.linear_clipped_log_ratio_loss over the whole vocabulary, from this rank's tokens; see `cross_entropy`."""
         hidden_TD = gather_rows(hidden_ND, self.group, gradient="whole")
         return ops.linear_clipped_log_ratio_loss(
-            hidden_TD, self._weight(), targets_T, old_logprobs_T, advantages_T, loss_mask_T, log_low=log_low,
+            hidden_TD, accumulating(self.weight), targets_T, old_logprobs_T, advantages_T, loss_mask_T, log_low=log_low,
             log_high=log_high, tau=tau, penalty_on=penalty_on, normalizer=normalizer, group_ids_T=group_ids_T,
             process_group=self.group, vocab_start=self.vocab_start,
         )  # fmt: skip
-
-    def _weight(self) -> Tensor:
-        return _AccumulatesItsGradient.apply(self.weight)
-
-
-class _AccumulatesItsGradient(torch.autograd.Function):
-    """A parameter for an op that gives its gradient to autograd: it goes where other weight gradients go."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        ctx.parameter = parameter
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> None:
-        accumulate_gradient(ctx.parameter, grad)
 
 
 def place_media(x_ND: Tensor, media_features_QD: Tensor, feature_of_token_T: Tensor, grid: RankGrid) -> Tensor:

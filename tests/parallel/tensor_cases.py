@@ -4,7 +4,7 @@ import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from k25sys.parallel.tensor import (
 )
 from tests.parallel.parts import gather_parts
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 WAYS = ("at once", "deferred", "main_grad")
 """How weight gradients are computed and where they land."""
 BOUNDS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 3e-2}
@@ -34,7 +35,7 @@ class Case:
     """A layer as a whole, how its parallel twin is made of a copy, and tokens; the same on every rank."""
 
     name: str
-    layer: nn.Module
+    layer: Any
     make: Callable[[Any, RankGrid, WeightGradStore], nn.Module]
     layouts: dict[str, ParameterLayout]
     x_TD: Tensor
@@ -79,7 +80,7 @@ class Generator:
         """Normal numbers."""
         return (torch.randn(shape, generator=self.torch, dtype=torch.float64) * scale).to(dtype)
 
-    def fill(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def fill(self, layer: AnyModule, dtype: torch.dtype) -> AnyModule:
         """Draws every parameter so that outputs are of order one."""
         layer.to(dtype)
         for parameter in layer.parameters():
