@@ -195,7 +195,8 @@ def attention_case(g: Generator, dtype: torch.dtype) -> Case:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """The norm of the difference over the norm of what is wanted."""
     assert got.shape == want.shape, (got.shape, want.shape)
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def gradients(layer: nn.Module) -> dict[str, Tensor]:
