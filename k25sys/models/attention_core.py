@@ -127,7 +127,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, documents: Packing, scale: float, cau
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         hint = "use 'sdpa' to train on the CPU"
         raise BackendError(message("attention", "implementation", "'flex' with a gradient on cpu", "'sdpa'", hint))
-    mask = documents.causal_mask if causal else documents.full_mask
+    mask = documents.block_mask(causal)
     attend: Callable[..., Any] = flex_attention if on_cpu else _compiled_flex_attention()
     query, key, value = (x[None].transpose(1, 2) for x in (q, k, v))
     return attend(query, key, value, block_mask=mask, scale=scale)[0].transpose(0, 1)

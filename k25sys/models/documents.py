@@ -48,14 +48,8 @@ class Packing(Protocol):
         """(pieces + 1,) int32: the same of keys, each piece with its own copy of them."""
         ...
 
-    @property
-    def causal_mask(self) -> Any:
-        """FlexAttention's BlockMask of causal `pieces`."""
-        ...
-
-    @property
-    def full_mask(self) -> Any:
-        """FlexAttention's BlockMask of `pieces` whose rows see all keys."""
+    def block_mask(self, causal: bool) -> Any:
+        """FlexAttention's BlockMask of `pieces`."""
         ...
 
 
@@ -131,6 +125,10 @@ class Documents:
     def positions_T(self) -> Tensor:
         """(T,) int64: the place of each row in its document."""
         return torch.arange(self.num_rows, device=self.device) - self.cu_seqlens[self.index_T].long()
+
+    def block_mask(self, causal: bool) -> Any:
+        """FlexAttention's BlockMask: a row sees all of its document, or, causal, itself and what comes before it."""
+        return self.causal_mask if causal else self.full_mask
 
     @cached_property
     def causal_mask(self) -> Any:

@@ -1,11 +1,13 @@
 """Balanced experts: the bias rule without an auxiliary loss, the optional loss along sequences, and load statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from k25sys import ops
 from k25sys.errors import ArgumentValueError, ShapeError, message
@@ -223,3 +225,36 @@ def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
     So that a loss within a layer reaches the backward of a pipeline stage that only knows its output.
     """
     return _AttachedLoss.apply(x, loss)
+
+
+def add_sequence_loss(
+    router: nn.Module, sequences: Callable[[], tuple[Tensor, int, float]], *, alpha: float, grid: RankGrid
+) -> RemovableHandle:
+    """From now on the backward of a router's weights_TK includes that of its `sequence_auxiliary_loss`.
+
+    The logits are computed a second time, in forwards of training that record gradients.
+
+    Args:
+        router: with a `weight` (E, D), whose output is (weights_TK, experts_TK).
+        sequences: called in each forward: sequences_T, num_sequences and normalizer of the micro-batch.
+        alpha, grid: as in `sequence_auxiliary_loss`.
+
+    Returns:
+        A handle; its `remove()` ends this.
+    """
+
+    def attach(router: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> Any:
+        if not (router.training and torch.is_grad_enabled()):
+            return None
+        sequences_T, num_sequences, normalizer = sequences()
+        weights_TK, experts_TK = output
+        dtype = weights_TK.dtype
+        with torch.autocast(weights_TK.device.type, enabled=False):
+            logits_TE = F.linear(inputs[0].to(dtype), router.get_parameter("weight").to(dtype))
+        top_k = experts_TK.shape[1]
+        loss = sequence_auxiliary_loss(
+            logits_TE, sequences_T, num_sequences, top_k=top_k, alpha=alpha, normalizer=normalizer, grid=grid
+        )
+        return attach_loss(weights_TK, loss), experts_TK
+
+    return router.register_forward_hook(attach)

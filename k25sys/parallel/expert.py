@@ -16,7 +16,7 @@ from k25sys.parallel import expert_exchange, transport
 from k25sys.parallel import payload as payloads
 from k25sys.parallel.expert_exchange import Exchange
 from k25sys.parallel.grid import RankGrid
-from k25sys.parallel.layout import ParameterLayout
+from k25sys.parallel.layout import ParameterLayout, local_part
 from k25sys.parallel.transport import Transport
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient, gradient_landed
 
@@ -184,9 +184,8 @@ class OverlappedMixtureOfExperts(nn.Module):
 
 def _own_part(parameter: nn.Parameter, name: str, layout: ParameterLayout, grid: RankGrid) -> nn.Parameter:
     layout.check(name, grid.sizes)
-    box = tuple(slice(*ends) for ends in layout.box(grid.sizes, grid.rank))
-    part = parameter.detach().reshape(layout.shape)[box].flatten(1, -2)
-    return nn.Parameter(part.clone(memory_format=torch.contiguous_format), requires_grad=parameter.requires_grad)
+    part = local_part(parameter.detach(), layout, grid.sizes, grid.rank)
+    return nn.Parameter(part, requires_grad=parameter.requires_grad)
 
 
 def _check(x: Tensor, weights: Tensor, experts: Tensor, down_proj: Tensor) -> None:

@@ -100,6 +100,7 @@ def _sweep_table(plans: list[Plan]) -> str:
         run_of = " ".join(f"{name}={getattr(plan.request, name)}" for name in _SWEPT)
         lines.append(
             f"{'*' if order(plan)[0] else ' '} {plan.tokens_per_second_per_gpu:11.1f} {plan.mfu:6.1%} "
-            f"{plan.bubble:7.2%} {plan.efficiency_vs_text:8.3f} {plan.largest_memory / 1e9:4.0f}  {plan.binds:<12} {run_of}"
+            f"{plan.bubble:7.2%} {plan.efficiency_vs_text:8.3f} {plan.largest_memory / 1e9:4.0f}  "
+            f"{plan.binds:<12} {run_of}"
         )
     return "\n".join(lines)

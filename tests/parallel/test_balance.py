@@ -16,6 +16,7 @@ from k25sys.models.presets import preset
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.parallel.balance import (
     ExpertBalancer,
+    add_sequence_loss,
     attach_loss,
     load_statistics,
     sequence_auxiliary_loss,
@@ -181,6 +182,25 @@ def test_an_attached_loss_reaches_the_backward() -> None:
     assert w.grad is not None
     torch.testing.assert_close(w.grad, x.detach() + 2 * w.detach())
     torch.testing.assert_close(x.grad, w.detach())
+
+
+def test_a_router_with_a_sequence_loss() -> None:
+    router, grid = _router(0).double(), RankGrid.create(GridSizes())
+    x_TD = _skewed(router, 12, 1).double()
+    sequences_T = torch.arange(3).repeat_interleave(4)
+    routed = torch.autograd.grad(router(x_TD)[0].square().sum(), router.weight)[0]
+    loss = sequence_auxiliary_loss(
+        x_TD @ router.weight.T, sequences_T, 3, top_k=router.top_k, alpha=0.1, normalizer=6.0
+    )
+    expected = routed + torch.autograd.grad(loss, router.weight)[0]
+    handle = add_sequence_loss(router, lambda: (sequences_T, 3, 6.0), alpha=0.1, grid=grid)
+    weights_TK, _ = router(x_TD)
+    torch.testing.assert_close(torch.autograd.grad(weights_TK.square().sum(), router.weight)[0], expected)
+    router.eval()
+    assert torch.equal(torch.autograd.grad(router(x_TD)[0].square().sum(), router.weight)[0], routed)
+    router.train()
+    handle.remove()
+    assert torch.equal(torch.autograd.grad(router(x_TD)[0].square().sum(), router.weight)[0], routed)
 
 
 @pytest.mark.parametrize(

@@ -304,19 +304,54 @@ class _Shared(nn.Module):
         return y_TD
 
 
+class _RecordedStore(WeightGradStore):
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def put(self, compute: Callable[[], None]) -> None:
+        self.events.append("weights")
+        super().put(compute)
+
+
 def _computes_while_rows_travel(grid: RankGrid) -> None:
     events: list[str] = []
     transports = Transports(_Recorded(grid.group("expert"), events), TorchTransport(grid.group("expert_tensor")))
-    store = WeightGradStore()
-    experts = ExpertParallel(Experts(), grid, store, transport=transports)
+    experts = ExpertParallel(Experts(), grid, _RecordedStore(events), transport=transports)
     x, weights, chosen, grad = _inputs("mixed", grid.rank, torch.float32)
     y = OverlappedMixtureOfExperts(_Gate(weights, chosen), experts, _Shared(events))(x)
     assert events == ["start", "shared", "wait", "start", "wait"]
     events.clear()
-    with mock.patch.object(store, "put", side_effect=lambda compute: (events.append("weights"), compute())):
-        experts.store = store
-        y.backward(grad)
-    assert events == ["start", "wait", "start", "shared", "wait"]
+    y.backward(grad)
+    # The weights' gradients too are computed while the tokens' gradients are on their way home.
+    assert events == ["start", "wait", "start", "weights", "shared", "wait"]
+
+
+def _weight_gradients_wait_and_land(grid: RankGrid) -> None:
+    store = WeightGradStore()
+    layer = ExpertParallel(Experts(), grid, store)
+    expected = _run(layer, grid, torch.float32)
+    weights = dict(layer.named_parameters())
+    with store.deferring("F0"):
+        deferred = _run(layer, grid, torch.float32)
+    assert not set(deferred) & set(weights)
+    assert store.num_kept == 1
+    store.run("F0")
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, expected[name]), name
+    for name in ("y", "x", "weights"):
+        assert torch.equal(deferred[name], expected[name]), name
+    landed: list[str] = []
+    for name, weight in weights.items():
+        setattr(weight, "main_grad", torch.ones_like(weight))  # noqa: B010
+        setattr(weight, "on_gradient", lambda name=name: landed.append(name))  # noqa: B010
+    again = _run(layer, grid, torch.float32)
+    assert not set(again) & set(weights)
+    assert sorted(landed) == sorted(weights)
+    for name, weight in weights.items():
+        main_grad = getattr(weight, "main_grad")  # noqa: B009
+        torch.testing.assert_close(main_grad - 1, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def _frozen_tokens_and_no_grad(grid: RankGrid) -> None:
@@ -356,7 +391,7 @@ def _whole_layer_of_the_model(grid: RankGrid) -> None:
 CHECKS = (
     _bf16_is_exact_for_bf16, _payloads_round_as_they_say, _unit_experts_are_the_identity,
     _fp8_rows_are_what_quantizing_gives, _bytes_are_counted, _the_host_waits_once, _computes_while_rows_travel,
-    _frozen_tokens_and_no_grad, _whole_layer_of_the_model,
+    _weight_gradients_wait_and_land, _frozen_tokens_and_no_grad, _whole_layer_of_the_model,
 )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from k25sys.training.sharding_plan import plan
 from torch import Tensor
 
 from k25sys import ops
@@ -12,6 +11,7 @@ from k25sys.models.config import TextConfig, TokenIds, VisionConfig, YarnConfig
 from k25sys.parallel import GridSizes
 from k25sys.training.initialize import initialize
 from k25sys.training.microbatch import MicroBatch
+from k25sys.training.sharding_plan import plan
 
 VOCABULARY = 96
 MEDIA_PAD = 90
@@ -119,7 +119,8 @@ def build_model(config: KimiK25Config, *, dtype: torch.dtype, seed: int = 1) -> 
 def reference(config: KimiK25Config, microbatches: list[MicroBatch], *, dtype: torch.dtype) -> Reference:
     """One pass over all micro-batches, in order."""
     model = build_model(config, dtype=dtype)
-    losses, max_logits_LH = [], run_plain(model, microbatches, losses := [])
+    losses: list[float] = []
+    max_logits_LH = run_plain(model, microbatches, losses)
     return Reference(
         losses,
         {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None},
@@ -145,5 +146,5 @@ def run_plain(model: KimiK25, microbatches: list[MicroBatch], losses: list[float
             normalizer=batch.normalizer,
         )  # fmt: skip
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return max_logits_LH

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from k25sys.parallel.pipeline.ir import COMPUTE, VISION, Action, Kind
+from k25sys.parallel.pipeline.ir import COMPUTE, RECEIVES, SENDS, VISION, Action, Kind
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ class Timeline:
         return sum(span.busy for span in self.spans[rank] if span.action.kind in COMPUTE | VISION)
 
     @property
+    def messages(self) -> tuple[Transfer, ...]:
+        """`transfers`; of a run that has written down none, from the start of each send to the end of its receive."""
+        if self.transfers:
+            return self.transfers
+        received = {span.action: span for span in self if span.action.kind in RECEIVES}
+        sent = [span for span in self if span.action.kind in SENDS and span.action.partner in received]
+        pairs = [(send, received[send.action.partner]) for send in sent]
+        return tuple(Transfer(s.action, s.rank, r.rank, s.start, max(s.start, r.end)) for s, r in pairs)
+
+    @property
     def bubbles(self) -> tuple[float, ...]:
         """By rank, the share of the makespan in which it does not compute: the pipeline's filling and draining count on
         every rank, because no rank starts the next step before this one has ended everywhere."""
@@ -84,7 +94,7 @@ class Timeline:
         """By rank, the most (stage, micro-batch) pairs whose activations it holds at once."""
         return tuple(int(max((held for _, held in self.memory(rank)), default=0)) for rank in range(self.num_ranks))
 
-    def memory(self, rank: int, held: "Callable[[Action], float] | None" = None) -> list[tuple[float, float]]:
+    def memory(self, rank: int, held: Callable[[Action], float] | None = None) -> list[tuple[float, float]]:
         """What `rank` holds: (seconds, amount from then on), ascending.
 
         Args:
