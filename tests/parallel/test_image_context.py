@@ -146,7 +146,7 @@ def _against_one_process(dtype: torch.dtype, most: float, seeds: range) -> _Foun
         grid_thw, exactly = torch.tensor(clips), deepcopy(module).double()
         exact_out = exactly(pixels.double(), grid_thw, None, grid)
         want_out = module(pixels, grid_thw, None, grid)
-        targets = torch.randn(want_out.shape, generator=generator, dtype=dtype)
+        targets = torch.rand(want_out.shape, generator=generator, dtype=dtype)
         exact, want = _gradients(exactly, exact_out, targets.double()), _gradients(module, want_out, targets)
         blocks: Any = module.tower.encoder.blocks
         for block in blocks:
