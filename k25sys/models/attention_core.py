@@ -43,6 +43,11 @@ class AttentionCore(nn.Module):
             raise BackendError(message("attention", "implementation", repr(implementation), ", ".join(IMPLEMENTATIONS)))
         self.implementation, self.scale, self.causal = implementation, scale, causal
 
+    def widen(self, v_SHV: Tensor, width: int) -> Tensor:
+        """The values as the implementation saves them for the backward, beside queries of `width` channels: with zeros
+        up to that width where it takes one width only. `forward` takes them like this too."""
+        return v_SHV if self.implementation == "flex" else F.pad(v_SHV, (0, max(0, width - v_SHV.shape[-1])))
+
     def gather(self, rows: tuple[Tensor, ...], documents: Packing) -> tuple[Tensor, ...]:
         """Of what a row leaves behind for others to see, all that the rows here may see: here it is all there is.
 

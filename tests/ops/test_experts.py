@@ -257,6 +257,13 @@ def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch
     for a, b in zip(rounded[1:], exact[1:], strict=True):
         assert 0 < relative_error(a, b) < 0.2
     assert rounded_bytes < 1.1 * exact_bytes / exact[0].element_size()
+    (tokens, tokens_bytes), (rows, rows_bytes) = run("fp8_x"), run("fp8_gate_up")
+    assert exact_bytes - tokens_bytes == 40 * 200 * (exact[0].element_size() - 1)  # beside the scales
+    assert tokens_bytes + rows_bytes == exact_bytes + rounded_bytes
+    for i, (from_tokens, from_rows) in enumerate(zip(tokens[1:], rows[1:], strict=True), start=1):
+        # The tokens have a part in the gradient of gate_up only, and nothing else has it there alone.
+        assert torch.equal(from_tokens, exact[i]) == (i != 2)
+        assert torch.equal(from_rows, rounded[i]) == (i != 2)
     for store, backend in (("half", None), ("fp8", "torch_grouped_mm")):
         with pytest.raises(ValueError, match="expert_mlp: activation_store: got"):
             layer(*t.layer, t.experts_TK, activation_store=store, backend=backend)

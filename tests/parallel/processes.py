@@ -5,6 +5,7 @@ Processes are forked from a server that has torch imported already, so that one 
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -68,7 +69,7 @@ def _collect(receivers: list[Connection], deadline: float) -> tuple[dict[int, An
         for rank, receiver in list(waiting.items()):
             if receiver in ready:
                 try:
-                    error, value = receiver.recv()
+                    error, value = pickle.loads(receiver.recv_bytes())
                     (problems if error else results)[rank] = value
                 except EOFError:
                     problems[rank] = "died without a word"
@@ -87,9 +88,10 @@ def _main(
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        sender.send((False, function(*args)))
+        outcome = pickle.dumps((False, function(*args)))
     except BaseException:
-        sender.send((True, traceback.format_exc()))
+        outcome = pickle.dumps((True, traceback.format_exc()))
+    sender.send_bytes(outcome)  # not send(): it would pass tensors as handles of this process, which ends now
     sender.close()
     # Leaving takes its time in c10d, and a rank that raised must not wait for the others.
     os._exit(0)

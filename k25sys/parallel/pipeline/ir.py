@@ -4,8 +4,10 @@ A schedule is data. Generators make it, the validator proves it, the lowering ad
 times it, the tracer draws it and the runtime executes it.
 """
 
+import csv
+import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from k25sys.errors import ScheduleError, message
@@ -13,6 +15,8 @@ from k25sys.errors import ScheduleError, message
 
 class Kind(Enum):
     """What an action does; the value is its short name in texts and drawings."""
+
+    __hash__ = object.__hash__  # members are single objects; Enum's own hash is Python code, and runs for each Action's
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -29,14 +33,39 @@ class Kind(Enum):
     RECV_BACKWARD = "RB"
     """The gradient of the output of (stage, micro-batch) from the rank of stage + 1."""
     VISION_FORWARD = "VF"
-    """A pack of the encoder; `microbatch` is its number, `stage` is 0."""
+    """A pack of the encoder; `microbatch` is its number, `stage` is 0; on any rank."""
     VISION_BACKWARD = "VB"
+    """The recomputation and backward of a pack."""
     ALL_TO_ALL = "A2A"
-    """Exchange of embeddings or of their gradients between the encoder's ranks and stage 0."""
+    """Exchange of embeddings or of their gradients between the encoder's ranks and stage 0: a collective of the ranks
+    that have this action; `microbatch` is its number, `stage` is 0."""
+    DELIVER = "D"
+    """Starts the messages that carry a micro-batch's encoded media to stage 0; `stage` is 0; on every rank, waits for
+    none."""
+    RETURN = "R"
+    """Makes room for the gradients of a micro-batch's media on the ranks that encoded them; as DELIVER."""
 
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
-COMMUNICATION = frozenset({Kind.SEND_FORWARD, Kind.RECV_FORWARD, Kind.SEND_BACKWARD, Kind.RECV_BACKWARD})
+VISION = frozenset({Kind.VISION_FORWARD, Kind.VISION_BACKWARD})
+EXCHANGES = frozenset({Kind.DELIVER, Kind.RETURN})
+SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
+RECEIVES = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
+COMMUNICATION = SENDS | RECEIVES
+
+_PARTNERS = {
+    Kind.SEND_FORWARD: (1, Kind.RECV_FORWARD),
+    Kind.RECV_FORWARD: (-1, Kind.SEND_FORWARD),
+    Kind.SEND_BACKWARD: (-1, Kind.RECV_BACKWARD),
+    Kind.RECV_BACKWARD: (1, Kind.SEND_BACKWARD),
+}
+_TORCH_NAMES = {
+    Kind.SEND_FORWARD: "SEND_F",
+    Kind.RECV_FORWARD: "RECV_F",
+    Kind.SEND_BACKWARD: "SEND_B",
+    Kind.RECV_BACKWARD: "RECV_B",
+}
+_TORCH_ONLY = ("REDUCE_GRAD", "UNSHARD", "RESHARD")
 
 
 @dataclass(frozen=True, order=False)
@@ -60,6 +89,12 @@ class Action:
         kinds = ", ".join(kind.value for kind in Kind)
         raise ScheduleError(message("Action", "text", repr(text), f"<stage><kind><micro-batch>, kind one of {kinds}"))
 
+    @property
+    def partner(self) -> "Action":
+        """The receive of a send, the send of a receive."""
+        distance, kind = _PARTNERS[self.kind]
+        return Action(self.stage + distance, kind, self.microbatch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -71,6 +106,9 @@ class Schedule:
     """Which rank holds each stage: the stages are the pieces of the model, in the order of the data."""
     actions: Mapping[int, tuple[Action, ...]]
     """By rank; a rank does not start an action before the one before it has ended. Sends do not wait."""
+    requires: Mapping[Action, tuple[Action, ...]] = field(default_factory=dict)
+    """Order beyond that of the stages: what must have ended, on whichever ranks, before the action starts. E.g. the VF
+    of the packs whose rows the forward of a micro-batch through stage 0 reads."""
 
     @property
     def num_ranks(self) -> int:
@@ -90,3 +128,99 @@ class Schedule:
     def splits_backward(self) -> bool:
         """Whether weight gradients are actions of their own."""
         return any(action.kind is Kind.BACKWARD_WEIGHT for actions in self.actions.values() for action in actions)
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether sends and receives are actions of it."""
+        return any(action.kind in COMMUNICATION for actions in self.actions.values() for action in actions)
+
+    def send_of(self, action: Action) -> Action | None:
+        """The send of what a forward or an (input's) backward makes; None where nobody else needs it, or its own rank
+        does."""
+        if action.kind is Kind.FORWARD:
+            send, target = Kind.SEND_FORWARD, action.stage + 1
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            send, target = Kind.SEND_BACKWARD, action.stage - 1
+        else:
+            return None
+        if not 0 <= target < self.num_stages or self.rank_of_stage[target] == self.rank_of_stage[action.stage]:
+            return None
+        return Action(action.stage, send, action.microbatch)
+
+    def to_csv(self) -> str:
+        """One row a rank, in the text of torch.distributed.pipelining (2F0, 2SEND_F0); vision actions as here."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for rank in range(self.num_ranks):
+            writer.writerow(
+                f"{action.stage}{_TORCH_NAMES.get(action.kind, action.kind.value)}{action.microbatch}"
+                for action in self.actions[rank]
+            )
+        return text.getvalue()
+
+    @classmethod
+    def from_csv(cls, text: str, *, name: str) -> "Schedule":
+        """The inverse of to_csv; reads what torch.distributed.pipelining writes, too.
+
+        Empty cells (torch's idle slots) and REDUCE_GRAD, UNSHARD and RESHARD (of data parallelism) are left out.
+        Stages belong to the ranks that have their actions. Raises ScheduleError for anything else that is no Action.
+        """
+        actions = {rank: tuple(_parse_row(row)) for rank, row in enumerate(csv.reader(io.StringIO(text)))}
+        owners = {action.stage: rank for rank, row in actions.items() for action in row if action.kind in COMPUTE}
+        if sorted(owners) != list(range(len(owners))) or not owners:
+            got = f"actions of stages {sorted(owners)}"
+            raise ScheduleError(message("Schedule.from_csv", "text", got, "actions of every stage from 0"))
+        microbatches = {action.microbatch for row in actions.values() for action in row if action.kind in COMPUTE}
+        return cls(
+            name=name,
+            num_microbatches=max(microbatches) + 1,
+            rank_of_stage=tuple(owners[stage] for stage in range(len(owners))),
+            actions=actions,
+        )
+
+
+def _parse_row(row: list[str]) -> list[Action]:
+    actions = []
+    for cell in row:
+        text = cell.strip()
+        if not text or any(kind in text for kind in _TORCH_ONLY):
+            continue
+        for kind, name in _TORCH_NAMES.items():
+            text = text.replace(name, kind.value)
+        actions.append(Action.parse(text))
+    return actions
+
+
+def dependencies(schedule: Schedule) -> dict[Action, tuple[Action, ...]]:
+    """What must have ended, on any rank, before each action of `schedule` starts, its rank's own order aside.
+
+    Where the schedule has the receive of what an action needs, it depends on that, and the receive on its send.
+    """
+    present = {action for actions in schedule.actions.values() for action in actions}
+    return {action: (*_needs(schedule, action, present), *schedule.requires.get(action, ())) for action in present}
+
+
+def _needs(schedule: Schedule, action: Action, present: set[Action]) -> list[Action]:
+    stage, kind = action.stage, action.kind
+
+    def first(*candidates: tuple[int, Kind]) -> list[Action]:
+        """The first candidate that the schedule has; the last, which it then lacks, where it has none."""
+        actions = [Action(stage, kind, action.microbatch) for stage, kind in candidates]
+        return [next((candidate for candidate in actions if candidate in present), actions[-1])]
+
+    if kind is Kind.FORWARD:
+        return first((stage, Kind.RECV_FORWARD), (stage - 1, Kind.FORWARD)) if stage > 0 else []
+    if kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+        above = (stage, Kind.RECV_BACKWARD), (stage + 1, Kind.BACKWARD_INPUT), (stage + 1, Kind.BACKWARD)
+        return first((stage, Kind.FORWARD)) + (first(*above) if stage + 1 < schedule.num_stages else [])
+    if kind is Kind.BACKWARD_WEIGHT:
+        return first((stage, Kind.BACKWARD_INPUT))
+    if kind is Kind.SEND_FORWARD:
+        return first((stage, Kind.FORWARD))
+    if kind is Kind.SEND_BACKWARD:
+        return first((stage, Kind.BACKWARD_INPUT), (stage, Kind.BACKWARD))
+    if kind in RECEIVES:
+        return [action.partner]
+    if kind is Kind.VISION_BACKWARD:
+        return first((stage, Kind.VISION_FORWARD))
+    return []

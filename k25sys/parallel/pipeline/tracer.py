@@ -1,0 +1,129 @@
+"""Timelines as traces for Perfetto (https://ui.perfetto.dev) and chrome://tracing, in Chrome's JSON format."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from k25sys.errors import ScheduleError, message
+from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, VISION, Action, Kind
+from k25sys.parallel.pipeline.timeline import Timeline
+
+Memory = Mapping[int, Sequence[tuple[float, float]]]
+"""By rank, (seconds, bytes held from then on): measured, or Timeline.memory of an estimate."""
+
+_COLOURS = {
+    Kind.FORWARD: "thread_state_running",
+    Kind.BACKWARD: "rail_response",
+    Kind.BACKWARD_INPUT: "rail_animation",
+    Kind.BACKWARD_WEIGHT: "rail_idle",
+    Kind.VISION_FORWARD: "cq_build_passed",
+    Kind.VISION_BACKWARD: "cq_build_running",
+    Kind.ALL_TO_ALL: "terrible",
+}
+_TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | {Kind.ALL_TO_ALL}, "vision": VISION}
+_MOST_LANES = 1000
+"""Tracks of a process are numbered from a multiple of it."""
+
+
+def write_perfetto(
+    timelines: Timeline | Sequence[Timeline], path: str | Path, *, memory: Memory | Sequence[Memory] | None = None
+) -> None:
+    """Writes one trace with a process for every rank of every timeline (planned and as run, or several replicas).
+
+    A process has the tracks compute, communication and vision, counters of the micro-batches in flight and of the
+    memory, and an arrow from each send to its receive.
+
+    Args:
+        memory: Of the one timeline, or one of each.
+
+    Raises:
+        ScheduleError: not as many `memory` as timelines, or of a rank that the timeline has not.
+    """
+    timelines = [timelines] if isinstance(timelines, Timeline) else list(timelines)
+    if memory is None:
+        memory = [{}] * len(timelines)
+    memories = [memory] if isinstance(memory, Mapping) else memory
+    if len(memories) != len(timelines):
+        raise ScheduleError(
+            message("write_perfetto", "memory", f"{len(memories)}", f"{len(timelines)}, one a timeline")
+        )
+    events: list[dict[str, object]] = []
+    first = 0
+    for timeline, each in zip(timelines, memories, strict=True):
+        unknown = sorted(set(each) - set(range(timeline.num_ranks)))
+        if unknown:
+            accepted = f"ranks 0 to {timeline.num_ranks - 1}"
+            raise ScheduleError(message("write_perfetto", "memory", f"ranks {unknown}", accepted))
+        events += _events(timeline, each, first)
+        first += timeline.num_ranks
+    Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False))
+
+
+@dataclass(frozen=True)
+class _Slice:
+    action: Action
+    start: float
+    end: float
+    arguments: dict[str, float]
+    arrow: dict[str, object] = field(default_factory=dict)
+    """Phase and number of the flow event in it, if any."""
+
+
+def _events(timeline: Timeline, memory: Memory, first: int) -> Iterator[dict[str, object]]:
+    """The events of `timeline`, whose rank 0 is process `first`."""
+    slices: list[list[_Slice]] = [[] for _ in timeline.spans]
+    for span in timeline:
+        if span.action.kind not in COMMUNICATION:  # the transfers are these
+            slices[span.rank].append(_slice(span.action, span.start, span.end, {"busy_us": span.busy * 1e6}))
+    for i, transfer in enumerate(timeline.messages):
+        peers: dict[str, float] = {"source": transfer.source, "target": transfer.target}
+        leaves, comes = {"ph": "s", "id": f"{first}.{i}"}, {"ph": "f", "bp": "e", "id": f"{first}.{i}"}
+        times = transfer.start, transfer.end
+        slices[transfer.source].append(_slice(transfer.send, *times, peers, leaves))
+        slices[transfer.target].append(_slice(transfer.send.partner, *times, peers, comes))
+    for rank, mine in enumerate(slices):
+        pid = first + rank
+        yield _name(pid, 0, "process_name", f"{timeline.name} rank {rank}")
+        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
+        for number, (track, kinds) in enumerate(_TRACKS.items()):
+            yield from _track([each for each in mine if each.action.kind in kinds], pid, number * _MOST_LANES, track)
+        for name, amounts in (("micro-batches in flight", timeline.memory(rank)), ("bytes held", memory.get(rank, ()))):
+            for seconds, amount in amounts:
+                yield {"ph": "C", "name": name, "pid": pid, "ts": seconds * 1e6, "args": {"value": amount}}
+
+
+def _slice(
+    action: Action, start: float, end: float, arguments: dict[str, float], arrow: dict[str, object] | None = None
+) -> _Slice:
+    """A slice of a nanosecond at least: an arrow ends in nothing shorter."""
+    return _Slice(action, start, max(end, start + 1e-9), arguments, arrow or {})
+
+
+def _track(slices: list[_Slice], pid: int, first_tid: int, name: str) -> Iterator[dict[str, object]]:
+    """The slices of one track, in as many lanes as overlap: those that overlap in one lane would be shown as nested."""
+    ends: list[float] = []
+    for each in sorted(slices, key=lambda each: each.start):
+        lane = next((lane for lane, end in enumerate(ends) if end <= each.start), len(ends))
+        ends[lane : lane + 1] = [each.end]
+        action, tid = each.action, first_tid + lane
+        arguments = {"stage": action.stage, "micro-batch": action.microbatch} | each.arguments
+        place = {"name": str(action), "cat": action.kind.name, "pid": pid, "tid": tid}
+        times = {"ts": each.start * 1e6, "dur": (each.end - each.start) * 1e6}
+        colour = {"cname": _COLOURS[action.kind]} if action.kind in _COLOURS else {}
+        yield place | times | colour | {"ph": "X", "args": arguments}
+        if each.arrow:
+            yield place | each.arrow | {"name": "message", "cat": "message", "ts": (each.start + each.end) / 2 * 1e6}
+    for lane in range(len(ends)):
+        yield _name(pid, first_tid + lane, "thread_name", f"{name} {lane + 1}" if lane else name)
+        yield {
+            "ph": "M",
+            "name": "thread_sort_index",
+            "pid": pid,
+            "tid": first_tid + lane,
+            "args": {"sort_index": first_tid + lane},
+        }
+
+
+def _name(pid: int, tid: int, what: str, name: str) -> dict[str, object]:
+    return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}

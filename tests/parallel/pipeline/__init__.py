@@ -1,0 +1,1 @@
+"""Tests of k25sys.parallel.pipeline."""
