@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from k25sys.errors import ArgumentValueError, GridError, ShapeError
 from k25sys.models.attention_core import AttentionCore
 from k25sys.models.config import VisionConfig
 from k25sys.models.documents import Documents, Packing
@@ -167,7 +168,7 @@ def _against_one_process(dtype: torch.dtype, most: float, seeds: range) -> _Foun
     return tally
 
 
-_CASES = [(torch.float64, 1e-13, range(24)), (torch.float32, 1e-6, range(24))]
+_CASES = [(torch.float64, 1e-13, range(14)), (torch.float32, 1e-6, range(14))]
 
 
 def _all_cases() -> list[_Found]:
@@ -180,3 +181,34 @@ def test_the_encoder_equals_one_process(size: int) -> None:
         print(f"{size} ranks in {dtype}: {tallies[0]}")
         assert all(tally.error <= most and tally.num_rounded <= 0.01 * tally.num_tensors for tally in tallies)
         assert sum(tally.num_empty for tally in tallies) >= 2
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    tower = _Vision().tower
+    grid_thw = torch.tensor([(1, 8, 4)])
+    part = ShardedClips(((1, 8, 4),), CPU, 2, 0)
+    with pytest.raises(ShapeError, match=r"got 32 patches, accepted 16 patches, .* in part.rows"):
+        tower(torch.zeros(32, 3, 2, 2), grid_thw, part=part)
+    with pytest.raises(ArgumentValueError, match=r"part.rows: got \(range\(0, 4\),\), accepted a range .* each of 2"):
+        tower(torch.zeros(16, 3, 2, 2), torch.tensor([(1, 8, 4), (1, 2, 2)]), part=part)
+    with pytest.raises(ArgumentValueError, match="accepted a range of rows within each of 1 clips, from one multiple"):
+        tower(torch.zeros(16, 3, 2, 2), torch.tensor([(1, 2, 4)]), part=part)
+    with pytest.raises(ShapeError, match=r"RowExchange: rows: got 5 rows, accepted 4"):
+        gather_neighbourhoods(torch.zeros(5, 1), part, RankGrid.create(GridSizes()))
+    with pytest.raises(GridError, match="got a group of 1, accepted 2 ranks"):
+        gather_neighbourhoods(torch.zeros(4, 1), part, RankGrid.create(GridSizes()))
+    with pytest.raises(ShapeError, match="accepted 32 rows, the patches of all clips"):
+        split_patches(torch.zeros(16, 3, 2, 2), part)
+
+
+@pytest.mark.parametrize(
+    ("clip", "size", "index", "text"),
+    [
+        ((1, 3, 2), 2, 0, r"clips\[0\]: got \(1, 3, 2\), accepted t >= 1, h a multiple of 2"),
+        ((0, 2, 2), 2, 0, r"clips\[0\]: got \(0, 2, 2\)"),
+        ((1, 2, 2), 2, 2, "index: got 2 of 2"),
+    ],
+)
+def test_clips_that_cannot_be_cut_are_refused(clip: tuple[int, int, int], size: int, index: int, text: str) -> None:
+    with pytest.raises(ArgumentValueError, match=text):
+        ShardedClips((clip,), CPU, size, index)
