@@ -20,7 +20,7 @@ from k25sys.models.documents import Packing
 
 IMPLEMENTATIONS = ("sdpa", "flex", "flash_attn")
 _TILE = 512  # rows and columns of the scores that max_softmax_logits holds at a time
-_MASK_ENTRIES = 1 << 24  # of a mask that is formed where no kernel has the diagonal of fewer rows than keys
+_MASK_ENTRIES = 1 << 24  # of the masks for fewer rows than keys that the CPU's kernel needs
 
 
 class AttentionCore(nn.Module):
@@ -104,16 +104,15 @@ def _sdpa_piece(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> 
     if not causal or num_rows in (1, num_keys):
         triangle = causal and num_rows > 1  # torch's own begins at the first key
         return [F.scaled_dot_product_attention(q, k, v, is_causal=triangle, scale=scale)]
-    step = num_rows
-    if q.device.type == "cpu":  # there this bias becomes a mask; CUDA's fused kernels know it
-        step = max(1, _MASK_ENTRIES // num_keys)
-    attended = []
+    if q.device.type != "cpu":  # its fused kernels know where the diagonal ends
+        return [F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(num_rows, num_keys), scale=scale)]
+    step, attended = max(1, _MASK_ENTRIES // num_keys), []
     for row in range(0, num_rows, step):
         end = min(row + step, num_rows)
         seen = num_keys - num_rows + end
-        bias = causal_lower_right(end - row, seen)
+        visible = torch.ones(end - row, seen, dtype=torch.bool).tril(seen - (end - row))
         query, key, value = q[:, :, row:end], k[:, :, :seen], v[:, :, :seen]
-        attended.append(F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale))
+        attended.append(F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale))
     return attended
 
 

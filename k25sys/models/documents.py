@@ -14,8 +14,8 @@ from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
 
 
 class Packing(Protocol):
-    """Which keys each row of queries sees: what attention and the decoder ask of Documents, or of what stands for them
-    where a process holds some of the rows only, while keys come from more."""
+    """Which keys each row of queries sees: what attention asks of Documents, or of what stands for them where a process
+    holds some of the rows only, while keys come from more."""
 
     @property
     def device(self) -> torch.device:
@@ -27,29 +27,33 @@ class Packing(Protocol):
         """T: rows of queries."""
         ...
 
-    @property
+    @cached_property
     def pieces(self) -> Sequence[tuple[range, range]]:
         """(rows of queries, rows of keys), in order of the queries, all of which are in one piece. A row sees the keys
         of its piece; causal: the last row sees them all, each row before it one fewer."""
         ...
 
-    @property
-    def positions_T(self) -> Tensor:
-        """(T,) int64: the place of each row of queries in its document."""
-        ...
-
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """(pieces + 1,) int32: the first row of queries of each piece, and T."""
         ...
 
-    @property
+    @cached_property
     def key_cu_seqlens(self) -> Tensor:
         """(pieces + 1,) int32: the same of keys, each piece with its own copy of them."""
         ...
 
     def block_mask(self, causal: bool) -> Any:
         """FlexAttention's BlockMask of `pieces`."""
+        ...
+
+
+class TokenPacking(Packing, Protocol):
+    """A packing of tokens: what the decoder asks of Documents."""
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """(T,) int64: the place of each row of queries in its document."""
         ...
 
 
@@ -110,7 +114,7 @@ class Documents:
         """(N + 1,) int32, as varlen attention kernels take it."""
         return torch.nn.functional.pad(self.ends_N, (1, 0)).int()
 
-    @property
+    @cached_property
     def key_cu_seqlens(self) -> Tensor:
         """(N + 1,) int32: keys are those of the rows."""
         return self.cu_seqlens

@@ -74,6 +74,10 @@ class ShardedDocuments(ShardedRows):
     multiple: int = 1
 
     def __post_init__(self) -> None:
+        if min(self.document_lengths, default=0) < 0:
+            raise ArgumentValueError(
+                message("ShardedDocuments", "document_lengths", self.document_lengths, "numbers of tokens >= 0")
+            )
         chunks(self.num_all_rows, self.size, multiple=self.multiple)
         if not 0 <= self.index < self.size:
             raise ArgumentValueError(message("ShardedDocuments", "index", self.index, f"0 to {self.size - 1}"))

@@ -12,13 +12,16 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, GridError, ShapeError
 from k25sys.models import attention_core
 from k25sys.models.attention import LatentAttention
 from k25sys.models.attention_core import AttentionCore
 from k25sys.models.config import TextConfig
 from k25sys.models.decoder import Decoder
 from k25sys.models.documents import Documents
+from k25sys.models.latent_cache import LatentCache
 from k25sys.models.rope import text_tables
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.parallel.context import (
@@ -32,6 +35,7 @@ from k25sys.parallel.context import (
 )
 from tests.models.cases import relative_error
 from tests.parallel.processes import run_ranks
+from tests.parallel.tally import Tally
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 CPU = torch.device("cpu")
@@ -205,53 +209,38 @@ def _run(
     return out_TD.detach(), logits_LH, {**gradients, "x": x_TD.grad}
 
 
+def _parallelize(module: nn.Module, grid: RankGrid) -> None:
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, LatentAttention)]
+    for layer in layers:
+        layer.core = ContextParallelCore(layer.core, grid)
+
+
 @dataclass
-class _Tally:
+class _Found(Tally):
     """What a rank has found over many packings."""
 
-    out: float = 0.0
-    gradient: float = 0.0
     logits: float = 0.0
-    num_gradients: int = 0
-    num_rounded: int = 0
-    """Gradients that are not within the limit of one process's, but as near to float64's as one process's are."""
     num_empty: int = 0
     num_crossed: int = 0
 
-    def add_gradients(
-        self, got: dict[str, Tensor], want: dict[str, Tensor], exact: dict[str, Tensor], most: float
-    ) -> None:
-        rounding = max(relative_error(gradient.double(), exact[name]) for name, gradient in want.items())
-        for name, gradient in want.items():
-            error = relative_error(got[name], gradient)
-            self.num_gradients += 1
-            if error <= most:
-                self.gradient = max(self.gradient, error)
-            else:
-                own = relative_error(got[name].double(), exact[name])
-                assert gradient.dtype != torch.float64, (name, error)
-                assert own <= max(most, 2 * rounding), (name, error, own, rounding)
-                self.num_rounded += 1
 
-
-def _against_one_process(kind: str, dtype: torch.dtype, most: float, seeds: range) -> _Tally:
+def _against_one_process(kind: str, dtype: torch.dtype, most: float, seeds: range) -> _Found:
     """Outputs, gradients and largest logits over packings drawn by `seeds`, against one process's."""
     size = dist.get_world_size()
     grid = RankGrid.create(GridSizes(context=size))
     group = grid.group("context")
-    tally = _Tally()
+    tally = _Found()
     make: Callable[..., nn.Module] = {"attention": _Attention, "decoder": Decoder}[kind]
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         module = make(_config(None if seed % 3 == 0 else 12), attention="sdpa").to(dtype)
         _randomize(module, generator)
         documents = Documents(_packing(random.Random(seed), size, dtype), CPU)
-        x_TD, targets_TD = (torch.randn(documents.num_rows, 32, generator=generator).to(dtype) for _ in range(2))
+        x_TD = torch.randn(documents.num_rows, 32, generator=generator).to(dtype)
+        targets_TD = torch.rand(documents.num_rows, 32, generator=generator).to(dtype)
         want_out, want_logits, want = _run(module, x_TD, targets_TD, documents)
         exact_out, _, exact = _run(deepcopy(module).double(), x_TD.double(), targets_TD.double(), documents)
-        for layer in list(module.modules()):
-            if isinstance(layer, LatentAttention):
-                layer.core = ContextParallelCore(layer.core, grid)
+        _parallelize(module, grid)
         mine = shard_documents(documents, grid)
         out, logits, got = _run(module, split_tokens(x_TD, mine), split_tokens(targets_TD, mine), mine)
         dist.all_reduce(logits, dist.ReduceOp.MAX, group=group)
@@ -261,12 +250,9 @@ def _against_one_process(kind: str, dtype: torch.dtype, most: float, seeds: rang
                 total = got.get(name, torch.zeros_like(gradient)).double()
                 dist.all_reduce(total, group=group)
                 joined[name] = total.to(dtype)
-        tally.add_gradients(joined, want, exact, most)
-        out = gather_tokens(out, mine, grid)
-        if dtype == torch.bfloat16:
-            tally.add_gradients({"out": out}, {"out": want_out}, {"out": exact_out}, most)
-        else:
-            tally.out = max(tally.out, relative_error(out, want_out))
+        joined["out"] = gather_tokens(out, mine, grid)
+        tally.add(joined, {**want, "out": want_out}, {**exact, "out": exact_out}, most)
+        if dtype != torch.bfloat16:
             finite = want_logits.isfinite()
             assert torch.equal(finite, logits.isfinite())
             tally.logits = max(tally.logits, relative_error(logits[finite], want_logits[finite]))
@@ -276,15 +262,15 @@ def _against_one_process(kind: str, dtype: torch.dtype, most: float, seeds: rang
 
 
 _CASES = [
-    ("attention", torch.float64, 1e-13, range(30)),
-    ("attention", torch.float32, 1e-6, range(24)),
-    ("decoder", torch.float64, 1e-13, range(20)),
-    ("decoder", torch.float32, 1e-6, range(16)),
-    ("attention", torch.bfloat16, 0.0, range(12)),
+    ("attention", torch.float64, 1e-13, range(20)),
+    ("attention", torch.float32, 1e-6, range(14)),
+    ("decoder", torch.float64, 1e-13, range(12)),
+    ("decoder", torch.float32, 1e-6, range(10)),
+    ("attention", torch.bfloat16, 0.0, range(8)),
 ]
 
 
-def _all_cases() -> list[_Tally]:
+def _all_cases() -> list[_Found]:
     return [_against_one_process(*case) for case in _CASES]
 
 
@@ -293,9 +279,124 @@ def test_layers_equal_one_process(size: int) -> None:
     by_rank = run_ranks(size, _all_cases)
     for (kind, dtype, most, _), tallies in zip(_CASES, zip(*by_rank, strict=True), strict=True):
         print(f"{size} ranks, {kind} in {dtype}: {tallies[0]}")
-        assert all(tally.out <= most for tally in tallies)
-        assert all(tally.logits <= 1e-6 for tally in tallies)
-        if dtype == torch.float32:
-            assert all(tally.num_rounded <= 0.01 * tally.num_gradients for tally in tallies)
+        assert all(tally.error <= most and tally.logits <= 1e-6 for tally in tallies)
+        assert dtype == torch.bfloat16 or all(tally.num_rounded <= 0.01 * tally.num_tensors for tally in tallies)
         assert dtype != torch.float64 or sum(tally.num_empty for tally in tallies) >= 1
         assert sum(tally.num_crossed for tally in tallies) >= 5
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Entries of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.entries = max(self.entries, x.numel())
+        return out
+
+
+def test_no_mask_of_all_pairs_is_formed_for_a_long_document() -> None:
+    documents = ShardedDocuments((1 << 13,), CPU, 2, 0)
+    q, k = torch.randn(documents.num_rows, 1, 4), torch.randn(documents.num_keys, 1, 4)
+    with pytest.MonkeyPatch.context() as patch, _LargestTensor() as largest:
+        patch.setattr(attention_core, "_MASK_ENTRIES", 1 << 16)
+        AttentionCore("sdpa", scale=0.3, causal=True)(q, k, k, documents)
+    assert (1 << 13) * 4 <= largest.entries <= 1 << 16
+
+
+def _flex_and_no_tokens() -> tuple[float, list[int]]:
+    """FlexAttention's error over ranks, and the shapes of a micro-batch without tokens, forward and backward."""
+    size = dist.get_world_size()
+    grid = RankGrid.create(GridSizes(context=size))
+    config = _config(12)
+    module = _Attention(config, attention="flex")
+    _randomize(module, torch.Generator().manual_seed(0))
+    documents = Documents((5, 31, 1, 1, 90, 2), CPU)
+    x_TD = torch.randn(documents.num_rows, 32, generator=torch.Generator().manual_seed(1))
+    logits_LH = torch.zeros(2, 3)
+    with torch.no_grad():
+        want = module(x_TD, documents, max_logits_LH=logits_LH)
+        _parallelize(module, grid)
+        mine = shard_documents(documents, grid)
+        got = module(split_tokens(x_TD, mine), mine, max_logits_LH=logits_LH)
+    error = relative_error(gather_tokens(got, mine, grid), want)
+    nobody = shard_documents(Documents((), CPU), grid)
+    out, _, gradients = _run(module, torch.zeros(0, 32), torch.zeros(0, 32), nobody)
+    return error, [len(out), len(gradients["x"])]
+
+
+def test_flex_and_a_micro_batch_without_tokens() -> None:
+    for error, lengths in run_ranks(3, _flex_and_no_tokens):
+        assert error <= 1e-6
+        assert lengths == [0, 0]
+
+
+def _row_gradients_in_bfloat16() -> list[float]:
+    """Each rank adds 1 + 2^-8 or 2^-8 in bfloat16 to each row's gradient: exact in float32, and rounded once."""
+    grid = RankGrid.create(GridSizes(context=dist.get_world_size()))
+    documents = shard_documents(Documents((8,), CPU), grid)
+    x_TX = torch.zeros(documents.num_rows, 1, dtype=torch.bfloat16, requires_grad=True)
+    out = gather_tokens(x_TX, documents, grid)
+    out.backward(torch.full_like(out, 1.0 if grid.rank == 0 else 2.0**-9))
+    assert x_TX.grad is not None
+    return x_TX.grad.flatten().tolist()
+
+
+def test_gradients_of_bfloat16_rows_are_summed_in_float32() -> None:
+    # 1 + 3 * 2^-9 = 1.00586: the nearest bfloat16 is 1 + 2^-7; each single step would have been rounded back to 1.
+    for gradients in run_ranks(4, _row_gradients_in_bfloat16):
+        assert gradients == [1 + 2.0**-7] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: chunks(8, 0), ArgumentValueError, "chunks: size: got 0, accepted an int >= 1"),
+        (lambda: chunks(8, 2, multiple=3), ArgumentValueError, "num_tokens: got 8, accepted a multiple of 3; pad the"),
+        (lambda: ShardedDocuments((4,), CPU, 2, 2), ArgumentValueError, "index: got 2, accepted 0 to 1"),
+        (lambda: ShardedDocuments((4, -1), CPU, 2, 1), ArgumentValueError, r"document_lengths: got \(4, -1\)"),
+        (
+            lambda: split_tokens(torch.zeros(3), ShardedDocuments((4,), CPU, 2, 1)),
+            ShapeError,
+            r"split_tokens: x_TX: got shape \(3,\), accepted 4 rows",
+        ),
+        (
+            lambda: join_tokens([torch.zeros(3), torch.zeros(1)], ShardedDocuments((4,), CPU, 2, 1)),
+            ShapeError,
+            r"join_tokens: parts: got \[3, 1\] rows, accepted \[2, 2\]",
+        ),
+    ],
+)
+def test_impossible_cuts_are_refused(call: Callable[[], Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_what_does_not_fit_is_refused_before_anybody_waits() -> None:
+    grid = RankGrid.create(GridSizes())
+    core = ContextParallelCore(AttentionCore("sdpa", scale=1.0, causal=True), grid)
+    rows = (torch.zeros(4, 2),)
+    with pytest.raises(GridError, match="got those of rank 1 of 2, accepted rank 0 of 1"):
+        core.gather(rows, ShardedDocuments((4,), CPU, 2, 1))
+    with pytest.raises(ShapeError, match="rows: got 4 rows, accepted 5"):
+        core.gather(rows, ShardedDocuments((5,), CPU, 1, 0))
+    patches = ContextParallelCore(AttentionCore("sdpa", scale=1.0, causal=False), grid)
+    with pytest.raises(ArgumentValueError, match="got ShardedDocuments, accepted rows cut for attention with causal=F"):
+        patches.gather(rows, ShardedDocuments((4,), CPU, 1, 0))
+    assert core.gather(rows, ShardedDocuments((4,), CPU, 1, 0))[0].equal(rows[0])
+    assert core.gather(rows, Documents((4,), CPU)) is rows
+
+
+def test_a_cache_needs_all_tokens() -> None:
+    config = _config(None)
+    layer = LatentAttention(config, implementation="sdpa")
+    documents = Documents((4,), CPU)
+    cache = LatentCache(num_layers=1, latent_dim=8, prompts=documents, samples_per_prompt=1)
+    tables = text_tables(config, documents.positions_T)
+    with pytest.raises(ArgumentTypeError, match="documents: got ShardedDocuments, accepted Documents, beside a cache"):
+        layer(torch.zeros(4, 32), tables, ShardedDocuments((4,), CPU, 1, 0), cache=cache.layers[0])
