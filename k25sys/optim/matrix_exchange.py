@@ -72,9 +72,7 @@ class MatrixExchange:
         number = {(matrix.slot.name, matrix.place): i for i, matrix in enumerate(self.matrices)}
         self._fragments: list[_Fragment] = []
         for bucket in buckets:
-            self._fragments += _fragments(
-                bucket, grid, self._ranks, number, {m: x.owner for m, x in enumerate(self.matrices)}
-            )
+            self._fragments += _fragments(bucket, grid, self._ranks, number, [matrix.owner for matrix in self.matrices])
         self._fragments.sort(key=lambda fragment: (fragment.matrix, fragment.rank))
 
     def orthogonalized(self, momenta: Mapping[str, Tensor]) -> dict[str, Tensor]:

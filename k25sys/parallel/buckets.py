@@ -179,7 +179,8 @@ class GradientBuckets:
 
 def _move_gradient(parameter: Tensor) -> None:
     gradient = parameter.grad
-    assert gradient is not None
+    if gradient is None:  # whose function has accumulated it itself
+        return
     parameter.grad = None
     accumulate_gradient(parameter, gradient)
 

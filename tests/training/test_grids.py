@@ -184,7 +184,7 @@ def cases_of(world_size: int) -> list[GridCase]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.nightly), torch.float64], ids=str)
 def test_grids_compute_what_one_process_computes(world_size: int, dtype: torch.dtype) -> None:
     worst = run_ranks(world_size, _check, cases_of(world_size), dtype, timeout=300)
     print({case: f"{max(each[case] for each in worst):.1e}" for case in worst[0]})
