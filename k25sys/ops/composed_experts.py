@@ -54,6 +54,21 @@ def backward_inputs(
     return grad_x, grad_weights if needs[1] else None, grad_MG, weighted_act_MI
 
 
+def backward_weights(
+    grad: Tensor, x: Tensor, rows: tuple[Tensor, Tensor], offsets: Tensor, plan: tuple[Tensor, Tensor],
+    needs: Sequence[bool], main_grads: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of gate_up and down from `rows`, what `backward_inputs` gives last; None where not needed, or added
+    to its main_grad."""
+    k25, (grad_MG, weighted_act_MI) = torch.ops.k25, rows
+    grad_gate_up = grad_down = None
+    if needs[1]:
+        grad_down = _weight_grad(k25.dispatch.default(grad, *plan), weighted_act_MI, offsets, True, main_grads[1])
+    if needs[0]:
+        grad_gate_up = _weight_grad(grad_MG, k25.dispatch.default(x, *plan), offsets, True, main_grads[0])
+    return grad_gate_up, grad_down
+
+
 def _swiglu_gradients(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows of the gradient, those of SwiGLU's inputs, its weighted outputs, and the routing weights' gradient."""
     k25 = torch.ops.k25

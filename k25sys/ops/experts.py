@@ -11,14 +11,12 @@ from k25sys.errors import ArgumentTypeError, ArgumentValueError, LayoutError, Sh
 from k25sys.ops import backends, checks, composed_experts, measure, native
 from k25sys.ops.combine import reference_combine
 from k25sys.ops.dispatch import reference_dispatch
-from k25sys.ops.grouped_mm import grouped_mm_expert_mlp
+from k25sys.ops.grouped_mm import WeightGrads, grouped_mm_expert_mlp
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, check_plan, plan_dispatch, reference_plan_dispatch
 from k25sys.ops.quantize_fp8 import dequantize_fp8, quantize_fp8
 from k25sys.ops.swiglu import reference_swiglu
 
-WeightGrads = Callable[[], tuple[Tensor | None, Tensor | None]]
-"""The second half of a backward: see expert_mlp."""
 ACTIVATION_STORES = {
     "exact": (False, False), "fp8": (True, True), "fp8_x": (True, False), "fp8_gate_up": (False, True),
 }  # fmt: skip
@@ -77,8 +75,8 @@ def expert_mlp(
             backend, float32 and bfloat16.
         defer_weight_grads: gets the second half of the backward as a function, and the weights get no gradient from
             autograd (zero-bubble schedules). Called, it returns the gradients of gate_up and down, the same bit for
-            bit, or adds them to the main_grad buffers and returns None for both. No product is computed twice. Native
-            backend.
+            bit, None for one that is not needed, or adds them to the main_grad buffers and returns None for both. It is
+            handed over in every backward of a call in which a weight requires a gradient. No product is computed twice.
 
     Returns:
         y_TD (T, D), differentiable (once) in x, both weights and the routing weights. On the native backend it and its
@@ -114,11 +112,9 @@ def expert_mlp(
         accepted = f"{activation_store!r} with float32 or bfloat16 on native"
         raise ArgumentValueError(message(op, "activation_store", got, accepted))
     if name == "torch_grouped_mm":
-        for argument, value in (("packed", packed), ("defer_weight_grads", defer_weight_grads)):
-            if value is not None:
-                got = type(value).__name__
-                raise ArgumentValueError(message(op, argument, got, "None with backend torch_grouped_mm"))
-        return grouped_mm_expert_mlp(x_TD, gate_up_EGD, down_EDI, weights_TK, plan, main_grads)
+        if packed is not None:
+            raise ArgumentValueError(message(op, "packed", "PackedExperts", "None with backend torch_grouped_mm"))
+        return grouped_mm_expert_mlp(x_TD, gate_up_EGD, down_EDI, weights_TK, plan, main_grads, defer_weight_grads)
     _check_for_cuda(op, x_TD, down_EDI)
     packs = [] if packed is None else packed.tensors(gate_up_EGD, down_EDI)
     if defer_weight_grads is not None and native.wants_grad(x_TD, gate_up_EGD, down_EDI, weights_TK):
@@ -386,26 +382,18 @@ def _restored(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _first_half(
-    grad: Tensor, saved: Sequence[Tensor], packs: Sequence[Tensor], needs: Sequence[bool],
+    grad: Tensor, stored_x: Sequence[Tensor], saved: Sequence[Tensor], packs: Sequence[Tensor], needs: Sequence[bool],
     main_grads: tuple[Tensor | None, Tensor | None], defer: Callable[[WeightGrads], None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of x and of the routing weights now; those of the weights when `defer` calls for them."""
-    x, offsets, plan = saved[0], saved[4], tuple(saved[5:7])
+    """The gradients of x and of the routing weights now; those of the weights when `defer` calls for them. Tokens wait
+    for that as they were stored."""
+    offsets, plan = saved[4], (saved[5], saved[6])
     grad_x, grad_weights, grad_gate_up_rows, act_rows = _INPUTS(grad, *saved, list(packs), [needs[0], needs[3]])
 
     def second_half() -> tuple[Tensor | None, Tensor | None]:
-        k25, results = torch.ops.k25, []
-        for needed, left, right, main_grad in (
-            (needs[2], lambda: k25.dispatch.default(grad.contiguous(), *plan), lambda: act_rows, main_grads[1]),
-            (needs[1], lambda: grad_gate_up_rows, lambda: k25.dispatch.default(x, *plan), main_grads[0]),
-        ):
-            result = None
-            if needed and main_grad is None:
-                result = k25.grouped_gemm_wgrad.default(left(), right(), offsets, False)
-            elif needed:
-                k25.grouped_gemm_wgrad_accumulate.default(left(), right(), offsets, main_grad)
-            results.append(result)
-        return results[1], results[0]
+        x = _restored(stored_x, grad.dtype)
+        rows = (grad_gate_up_rows, act_rows)
+        return composed_experts.backward_weights(grad.contiguous(), x, rows, offsets, plan, needs[1:3], main_grads)
 
     if needs[1] or needs[2]:
         defer(second_half)
@@ -440,7 +428,7 @@ class _ExpertMlp(torch.autograd.Function):
         x, gate_up_rows = _restored(stored_x, ctx.dtype), _restored(stored_rows, ctx.dtype)
         saved, packs = (x, *rest[:6], gate_up_rows), list(rest[6:])
         if ctx.defer is not None:
-            grads = _first_half(grad, saved, packs, needs, ctx.main_grads, ctx.defer)
+            grads = _first_half(grad, stored_x, saved, packs, needs, ctx.main_grads, ctx.defer)
             needs = [needs[0], False, False, needs[3]]
         elif ctx.main_grads[0] is None:
             grads = list(_BACKWARD(grad, *saved, packs, needs))

@@ -106,7 +106,7 @@ def _fold(shape: tuple[int, ...], layout: ParameterLayout) -> list[range]:
             end += 1
         runs.append(range(begin, end))
         begin = end
-    sizes = tuple(prod(layout.shape[dim] for dim in run) for run in runs)
+    sizes = tuple(prod(layout.shape[run.start : run.stop]) for run in runs)
     if begin != len(layout.shape) or sizes != tuple(shape):
         accepted = f"a shape that {layout.shape} views"
         raise ShapeError(message("local_part", "tensor", f"shape {tuple(shape)}", accepted))

@@ -61,6 +61,23 @@ def _linear_layer(op: str, layer: object) -> nn.Linear:
     return layer
 
 
+def accumulating(parameter: Tensor) -> Tensor:
+    """A parameter for an op that gives its gradient to autograd: it lands where other weight gradients do."""
+    return _Accumulating.apply(parameter)
+
+
+class _Accumulating(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> None:
+        accumulate_gradient(ctx.parameter, grad)
+
+
 class _Linear(nn.Module):
     """What the layers below share: the parameters of an nn.Linear, or parts of them."""
 
@@ -138,9 +155,11 @@ class RowParallelLinear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, I / ranks) -> (N, K), or (T, K) without reduce-scatter."""
+        if self.group is None:
+            return linear(x, self.weight, self.bias, self.store)
         summand = linear(x, self.weight, None, self.store)
         total = (reduce_scatter_rows if self.reduce_scatter_output else all_reduce)(summand, self.group)
-        return total if self.bias is None else total + self.bias
+        return total if self.bias is None else total + accumulating(self.bias)
 
 
 class SequenceGatheredLinear(_Linear):

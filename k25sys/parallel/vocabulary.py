@@ -1,6 +1,6 @@
-"""The two layers that know the vocabulary, with its rows split over the tensor ranks; and media among the tokens.
+"""The two layers that know the vocabulary, with its rows split over the tensor ranks: embedding and output head.
 
-Shape suffixes: T tokens of the tensor group, N = T / ranks of this rank, D model, V vocabulary, Q rows of media.
+Shape suffixes: T tokens of the tensor group, N = T / ranks of this rank, D model, V vocabulary.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from k25sys import ops
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, DTypeError, ShapeError, message
-from k25sys.parallel.collectives import all_reduce, gather_rows, own_rows, reduce_scatter_rows, rows_per_rank
+from k25sys.parallel.collectives import all_reduce, gather_rows, reduce_scatter_rows, rows_per_rank
 from k25sys.parallel.grid import RankGrid
-from k25sys.parallel.tensor import ColumnParallelLinear, check_split, own_part
+from k25sys.parallel.tensor import ColumnParallelLinear, accumulating, check_split, own_part
 from k25sys.parallel.weight_grads import WeightGradStore, accumulate_gradient
 
 
@@ -130,8 +130,8 @@ class VocabParallelHead(ColumnParallelLinear):
         """
         hidden_TD = gather_rows(hidden_ND, self.group, gradient="whole")
         return ops.linear_cross_entropy(
-            hidden_TD, self._weight(), targets_T, loss_mask_T, normalizer=normalizer, process_group=self.group,
-            vocab_start=self.vocab_start,
+            hidden_TD, accumulating(self.weight), targets_T, loss_mask_T, normalizer=normalizer,
+            process_group=self.group, vocab_start=self.vocab_start,
         )  # fmt: skip
 
     def clipped_log_ratio_loss(
@@ -142,55 +142,7 @@ class VocabParallelHead(ColumnParallelLinear):
         """ops.linear_clipped_log_ratio_loss over the whole vocabulary, from this rank's tokens; see `cross_entropy`."""
         hidden_TD = gather_rows(hidden_ND, self.group, gradient="whole")
         return ops.linear_clipped_log_ratio_loss(
-            hidden_TD, self._weight(), targets_T, old_logprobs_T, advantages_T, loss_mask_T, log_low=log_low,
+            hidden_TD, accumulating(self.weight), targets_T, old_logprobs_T, advantages_T, loss_mask_T, log_low=log_low,
             log_high=log_high, tau=tau, penalty_on=penalty_on, normalizer=normalizer, group_ids_T=group_ids_T,
             process_group=self.group, vocab_start=self.vocab_start,
         )  # fmt: skip
-
-    def _weight(self) -> Tensor:
-        return _AccumulatesItsGradient.apply(self.weight)
-
-
-class _AccumulatesItsGradient(torch.autograd.Function):
-    """A parameter for an op that gives its gradient to autograd: it goes where other weight gradients go."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        ctx.parameter = parameter
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> None:
-        accumulate_gradient(ctx.parameter, grad)
-
-
-def place_media(x_ND: Tensor, media_features_QD: Tensor, feature_of_token_T: Tensor, grid: RankGrid) -> Tensor:
-    """This rank's embeddings, with rows of media in the place of those of media_pad tokens.
-
-    Every tensor and context rank encodes the same media. The gradient of the features that comes back is that of this
-    rank's N tokens and zero for other rows: what the encoder's parameters get is a summand, to be summed over
-    "data_context" and over "tensor", as the layouts of the vision tower say (sum_over_tensor). Copies of the encoder
-    then get the same sum, and cannot drift apart where a kernel's backward is not deterministic.
-
-    Args:
-        x_ND: (N, D) embeddings of this rank's tokens.
-        media_features_QD: (Q, D) on every rank, converted to the dtype of x.
-        feature_of_token_T: (T,) int64 for the tokens of all tensor ranks: a row of the features, -1 for text.
-
-    Raises:
-        ShapeError: the tokens are not those of x, or D differs.
-        IndexError: on the CPU, a row past Q.
-    """
-    group = grid.group("tensor")
-    if media_features_QD.dim() != 2 or media_features_QD.shape[1] != x_ND.shape[1]:
-        got, accepted = tuple(media_features_QD.shape), f"(Q, {x_ND.shape[1]})"
-        raise ShapeError(message("place_media", "media_features_QD", got, accepted))
-    if feature_of_token_T.dim() != 1 or rows_per_rank("place_media", len(feature_of_token_T), group) != len(x_ND):
-        got = tuple(feature_of_token_T.shape)
-        accepted = f"({x_ND.shape[0] * grid.size('tensor')},): the tokens of all tensor ranks"
-        raise ShapeError(message("place_media", "feature_of_token_T", got, accepted))
-    feature_N = own_rows("place_media", feature_of_token_T, group)
-    is_media_N = feature_N >= 0
-    rows = media_features_QD[feature_N[is_media_N]].to(x_ND.dtype)
-    return x_ND.masked_scatter(is_media_N[:, None], rows)

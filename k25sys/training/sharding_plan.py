@@ -4,7 +4,7 @@ Gradients of a parameter are sums over its layout's `replicas` axis, and over "t
 part of what the parameter acts on (`sum_over_tensor`):
     q_a_proj, kv_a_proj_with_mqa, router, norms between layers    its own tokens (sequence parallelism)
     q_a_layernorm, kv_a_layernorm                                 all tokens, but the gradient of its own heads only
-    vision tower and projector                                    the media rows among its own tokens (place_media)
+    vision tower and projector                                    the media rows among its own tokens (dep.splice)
 Nothing is left out or counted twice: a sum over the tensor ranks of parts is the whole, for all three.
 
 The vision encoder runs in whole on every rank of the first pipeline stage, and its gradients are of that kind. There is

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +18,7 @@ from k25sys import ops
 from k25sys.errors import ArgumentValueError, DTypeError
 from k25sys.models.decoder import DecoderLayer
 from k25sys.models.documents import Documents
+from k25sys.models.moe import MixtureOfExperts
 from k25sys.models.presets import preset
 from k25sys.models.rope import text_tables
 from k25sys.parallel import weight_grads
@@ -43,11 +45,10 @@ class Case:
         generator = torch.Generator().manual_seed(index)
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
-            for name, parameter in self.layer.named_parameters():
-                if name.endswith("e_score_correction_bias"):
-                    parameter.zero_()
-                else:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            for parameter in self.layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            for buffer in self.layer.buffers():
+                buffer.zero_()
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)
@@ -77,7 +78,7 @@ class Case:
         x = leaf * 1  # no leaf: as in the middle of a model
         y, saved = measure_saved_bytes(lambda: self.run(layer, x), layer.parameters(), memory)
         y.float().square().sum().backward()
-        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad)]
+        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters())]
         assert all(gradient is not None for gradient in gradients)
         return saved, [y, *gradients]  # pyright: ignore[reportReturnType]
 
@@ -150,6 +151,25 @@ def test_what_is_measured_is_what_is_alive(index: int, names: tuple[str, ...]) -
     assert saved - made in {0} | {sum(c) for n in (1, 2, 3) for c in combinations(outside.values(), n)}
 
 
+def test_the_router_saves_its_tokens_not_their_float32_copy() -> None:
+    case = Case(1, torch.bfloat16)
+    assert isinstance(case.layer.mlp, MixtureOfExperts)
+    router, x = case.layer.mlp.gate, case.x.clone().requires_grad_()
+    (weights, _), saved = measure_saved_bytes(lambda: router(x), router.parameters())
+    logits, choices = TOKENS * TEXT.n_routed_experts * 4, TOKENS * TEXT.num_experts_per_tok * 4
+    assert saved == x.nbytes + logits + choices
+    weights.square().sum().backward()
+    found = [x.grad, router.weight.grad]
+    wide, wide_x = copy.deepcopy(router).float(), case.x.float().requires_grad_()
+    wide.e_score_correction_bias.copy_(router.e_score_correction_bias)
+    wide(wide_x)[0].square().sum().backward()
+    for gradient, expected in zip(found, (wide_x.grad, wide.weight.grad), strict=True):
+        assert gradient is not None
+        assert expected is not None
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
 class _Products(TorchDispatchMode):
     """Counts products of matrices."""
 
@@ -178,9 +198,9 @@ def test_only_mla_up_computes_products_again(index: int, names: str, extra: int)
 
 
 def _with_deferred_weight_gradients(
-    case: Case, names: tuple[str, ...], *, defer: bool
+    case: Case, names: tuple[str, ...] | None, *, defer: bool
 ) -> tuple[list[Tensor], weight_grads.WeightGradStore]:
-    """Two micro-batches, both forwards first; all linears through the store, with main_grad buffers."""
+    """Two micro-batches, both forwards first; all linears through the store, with main_grad buffers. None: no hooks."""
     memory, store = SavedActivations(), weight_grads.WeightGradStore()
     layer = copy.deepcopy(case.layer)
     for parent in list(layer.modules()):
@@ -188,11 +208,11 @@ def _with_deferred_weight_gradients(
             if type(child) is nn.Linear:
                 setattr(parent, name, weight_grads.Linear(child, store))
                 child.weight.main_grad = torch.zeros(child.weight.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    apply_memory_plan(layer, MemoryPlan(names=names), memory)
+    apply_memory_plan(layer, MemoryPlan(names=names or ()), memory)
     leaves = [(case.x * scale).requires_grad_() for scale in (1.0, 0.5)]
     outputs = []
     for leaf in leaves:
-        with memory.saving():
+        with nullcontext() if names is None else memory.saving():
             outputs.append(case.run(layer, leaf))
     for key, output in enumerate(outputs):
         if defer:
@@ -211,9 +231,10 @@ def _with_deferred_weight_gradients(
 @pytest.mark.parametrize("index", [0, 1])
 def test_deferred_weight_gradients_are_bitwise_the_same(index: int) -> None:
     case = Case(index, torch.float32)
-    exact, _ = _with_deferred_weight_gradients(case, (), defer=False)
-    count = 2 + sum(parameter.requires_grad for parameter in case.layer.parameters())
-    for names in (("norms",), ("swiglu",), ("mla_up",), RECOMPUTED):
+    exact, _ = _with_deferred_weight_gradients(case, None, defer=False)
+    assert all(gradient.count_nonzero() for gradient in exact)
+    count = 2 + len(list(case.layer.parameters()))
+    for names in ((), ("norms",), ("swiglu",), ("mla_up",), RECOMPUTED):
         for defer in (False, True):
             found, store = _with_deferred_weight_gradients(case, names, defer=defer)
             assert len(found) == len(exact) == count

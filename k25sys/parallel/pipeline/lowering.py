@@ -45,11 +45,7 @@ def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkS
         transfer.send.partner: cheapest if link_seconds is None else transfer.end - transfer.start
         for transfer in plan.transfers
     }
-    made = {
-        send.partner: (span.end, turn)
-        for turn, span in enumerate(sorted(plan, key=lambda span: span.end))  # stable: causes come before effects
-        if (send := schedule.send_of(span.action)) is not None
-    }
+    made = {send.partner: span.end for span in plan if (send := schedule.send_of(span.action)) is not None}
     orders = {}
     for rank, spans in enumerate(plan.spans):
         posted: list[list[Action]] = [[] for _ in spans]
@@ -57,9 +53,9 @@ def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkS
         for i, span in enumerate(spans):
             receive = _receive_of(span.action)
             if receive in made:
-                end = made[receive][0]
-                at = bisect_right(starts, max(end, span.start - ahead[receive]), hi=i + 1) - 1
-                posted[at if at >= 0 and spans[at].end > end else at + 1].append(receive)
+                latest = max(made[receive], span.start - ahead[receive])
+                at = bisect_right(starts, latest, hi=i + 1) - 1
+                posted[at if at >= 0 and spans[at].end > made[receive] else at + 1].append(receive)
         order: list[Action] = []
         for receives, span in zip(posted, spans, strict=True):
             send = schedule.send_of(span.action)
@@ -78,7 +74,7 @@ def _receive_of(action: Action) -> Action | None:
     return None
 
 
-def _post_for_blocked_senders(schedule: Schedule, made: Mapping[Action, tuple[float, int]]) -> Schedule:
+def _post_for_blocked_senders(schedule: Schedule, made: Mapping[Action, float]) -> Schedule:
     """Executes `schedule` with sends that block; whenever no rank can go on, posts there and then what the earliest of
     the blocked sends waits for.
 
