@@ -265,7 +265,7 @@ _CASES = [
     ("attention", torch.float64, 1e-13, range(20)),
     ("attention", torch.float32, 1e-6, range(14)),
     ("decoder", torch.float64, 1e-13, range(12)),
-    ("decoder", torch.float32, 1e-6, range(10)),
+    ("decoder", torch.float32, 1e-6, range(16)),
     ("attention", torch.bfloat16, 0.0, range(8)),
 ]
 
@@ -281,8 +281,9 @@ def test_layers_equal_one_process(size: int) -> None:
         print(f"{size} ranks, {kind} in {dtype}: {tallies[0]}")
         assert all(tally.error <= most and tally.logits <= 1e-6 for tally in tallies)
         assert dtype == torch.bfloat16 or all(tally.num_rounded <= 0.01 * tally.num_tensors for tally in tallies)
-        assert dtype != torch.float64 or sum(tally.num_empty for tally in tallies) >= 1
-        assert sum(tally.num_crossed for tally in tallies) >= 5
+    found = [tally for tallies in by_rank for tally in tallies]
+    assert sum(tally.num_empty for tally in found) >= size - 1
+    assert sum(tally.num_crossed for tally in found) >= 10
 
 
 class _LargestTensor(TorchDispatchMode):
