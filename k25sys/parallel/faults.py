@@ -1,7 +1,7 @@
 """Which rank died, stopped, failed or hangs, and in what: heartbeats and current actions of all ranks in a store.
 
-A wait that fails says "connection closed" or "timed out"; it does not say who. Every rank's Monitor therefore beats in a
-store from a thread of its own, says what the rank does, and looks at the next rank of the ring.
+A wait that fails says "connection closed" or "timed out"; it does not say who. Every rank's Monitor therefore beats in
+a store from a thread of its own, says what the rank does, and looks at the next rank of the ring.
 
 What counts as dead: a rank whose beat its watcher has seen unchanged `patience` times, an interval apart. A killed
 process no longer beats, nor does a stopped one. A slow rank does, however long its action takes; and since looks are

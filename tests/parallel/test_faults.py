@@ -41,6 +41,7 @@ def port() -> Iterator[int]:
     """Of a store that none of the ranks holds."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     yield store.port
+    del store  # which lives until here
 
 
 def _monitor(port: int, rank: int, world_size: int = RANKS, *, holds_store: bool = False) -> Monitor:
@@ -234,20 +235,23 @@ def test_a_rank_that_ends_or_has_not_begun_is_not_dead() -> None:
 
 def test_what_this_rank_does_wrong_passes_and_is_told() -> None:
     store = dist.HashStore()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
-        with Monitor(store, 0, 2, interval=0.01) as monitor, monitor.during("0F0"):
-            torch.ones(2, 3) @ torch.ones(2, 3)
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised,
+        Monitor(store, 0, 2, interval=0.01) as monitor,
+        monitor.during("0F0"),
+    ):
+        torch.ones(2, 3) @ torch.ones(2, 3)
     assert raised.type is RuntimeError
     assert store.get("k25sys/failure").startswith(b"rank 0 failed in 0F0 (RuntimeError: mat1 and mat2 shapes")
     with Monitor(store, 1, 2, interval=0.01) as other:
         while other.failure is None:
             time.sleep(0.01)
-        with pytest.raises(RankFailureError, match="rank 0 failed in 0F0 .*; rank 1 was about to start 1F0"):
-            with other.during("1F0"):
-                pass
-    with pytest.raises(OSError, match="disk"):
-        with Monitor(dist.PrefixStore("again", store), 0, 1, interval=0.01):
-            raise OSError("disk")
+        text = r"rank 0 failed in 0F0 .*; rank 1 was about to start 1F0"
+        with pytest.raises(RankFailureError, match=text), other.during("1F0"):
+            pass
+    again = dist.PrefixStore("again", store)
+    with pytest.raises(OSError, match="disk"), Monitor(again, 0, 1, interval=0.01):
+        raise OSError("disk")
     assert store.get("again/k25sys/failure") == b"rank 0 failed between actions (OSError: disk)"
 
 

@@ -68,9 +68,7 @@ def _ours(
     runtime = PipelineRuntime(lower(schedule), stages, grid, weight_grads=store)
     with CountProducts() as counter:
         runtime.step([Rows(each.x_TD, each.target_TD, each.normalizer) for each in rows])
-    names = [
-        (key.removeprefix("layers."), p.grad) for stage in stages.values() for key, p in stage.named_parameters()
-    ]
+    names = [(key.removeprefix("layers."), p.grad) for stage in stages.values() for key, p in stage.named_parameters()]
     return {name: grad for name, grad in names if grad is not None}, counter.total
 
 

@@ -194,7 +194,7 @@ def test_a_failed_step_leaves_no_weight_gradients_behind() -> None:
 
 
 def test_wrong_schedules_and_stages_are_refused() -> None:
-    runtime, rows, schedule = _alone()
+    runtime, _, schedule = _alone()
     grid, store = runtime.grid, WeightGradStore()
     with pytest.raises(ScheduleError, match=r"stages: got \(1,\), accepted \(0,\), those of rank 0 in 1f1b"):
         PipelineRuntime(schedule, {1: runtime.stages[0]}, grid, weight_grads=store)

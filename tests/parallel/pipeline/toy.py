@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,7 @@ class Layer(nn.Module):
         probabilities_TE = self.router(rows_TD).to(torch.promote_types(x_TD.dtype, torch.float32)).softmax(-1)
         weights_TK, experts_TK = probabilities_TE.topk(2, -1)
         defer = None if self.store is None else self._defer
-        return x_TD + ops.expert_mlp(
-            rows_TD, self.gate_up, self.down, weights_TK, experts_TK, defer_weight_grads=defer
-        )
+        return x_TD + ops.expert_mlp(rows_TD, self.gate_up, self.down, weights_TK, experts_TK, defer_weight_grads=defer)
 
     def _defer(self, compute: ops.WeightGrads) -> None:
         def land() -> None:
@@ -116,7 +114,7 @@ def run_alone(
 class CountProducts(TorchDispatchMode):
     """Counts matrix products, torch's and those in our ops."""
 
-    PRODUCTS = {
+    PRODUCTS: ClassVar[dict[str, int]] = {
         "mm": 1, "addmm": 1, "bmm": 1, "expert_mlp": 2, "expert_mlp_backward": 4, "expert_mlp_backward_inputs": 2,
         "grouped_gemm_wgrad": 1, "grouped_gemm_wgrad_accumulate": 1,
     }  # fmt: skip
