@@ -388,6 +388,7 @@ def _first_half(
     """The gradients of x and of the routing weights now; those of the weights when `defer` calls for them. Tokens wait
     for that as they were stored."""
     offsets, plan = saved[4], (saved[5], saved[6])
+    stored_x = tuple(value.detach() for value in stored_x)  # without the graph that made them
     grad_x, grad_weights, grad_gate_up_rows, act_rows = _INPUTS(grad, *saved, list(packs), [needs[0], needs[3]])
 
     def second_half() -> tuple[Tensor | None, Tensor | None]:

@@ -76,7 +76,8 @@ class _DeferredProduct(torch.autograd.Function):
         grouped_mm = torch.nn.functional.grouped_mm
         x_MK, w_ENK, ends_E = ctx.saved_tensors
         if ctx.needs_input_grad[1]:
-            ctx.deferred.add(ctx.index, lambda: grouped_mm(grad_MN.T, x_MK, offs=ends_E))
+            kept_MK = x_MK.detach()  # without the graph that made it
+            ctx.deferred.add(ctx.index, lambda: grouped_mm(grad_MN.T, kept_MK, offs=ends_E))
         grad_x = grouped_mm(grad_MN, w_ENK, offs=ends_E) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None
 

@@ -59,7 +59,10 @@ class Monitor:
         self.rank, self.world_size, self.interval, self.patience = rank, world_size, interval, patience
         self._store = store
         self._action, self._since = "between actions", time.monotonic()
-        self._beats = self._rounds = 0
+        self.beats_said = 0
+        """How often the store has been told what this rank does."""
+        self.rounds = 0
+        """How often this rank has looked at another one."""
         self._watch = Watch(patience)
         self._failure: str | None = None
         self._to_declare: str | None = None
@@ -139,7 +142,7 @@ class Monitor:
                     self._declare(self._to_declare)
                 if time.monotonic() >= next_look:
                     self._look()
-                    self._rounds += 1
+                    self.rounds += 1
                     next_look = time.monotonic() + self.interval
             if self._failure is None:
                 self._say(_ENDED)
@@ -147,11 +150,11 @@ class Monitor:
             self._learn(f"{_NO_STORE} ({_summary(error)})")
 
     def _state(self) -> str:
-        self._beats += 1
-        return f"{self._beats} {time.monotonic() - self._since:.0f} {self._action}"
+        return f"{self.beats_said + 1} {time.monotonic() - self._since:.0f} {self._action}"
 
     def _say(self, state: str) -> None:
         self._store.set(f"k25sys/beat/{self.rank}", state)
+        self.beats_said += 1
 
     def _heard(self, rank: int) -> str | None:
         """What `rank` last said; None when it has not begun."""
@@ -196,9 +199,9 @@ class Monitor:
 
     def _diagnose(self, action: str, peers: Sequence[int]) -> str:
         """Why a wait in `action` failed: waits for the watches to find a silent rank, else says what each one does."""
-        begin, rounds = time.monotonic(), self._rounds
+        begin, rounds = time.monotonic(), self.rounds
         while not self._failed.wait(self.interval):
-            done = self._rounds - rounds
+            done = self.rounds - rounds
             if done > 1.5 * self.patience + 2:
                 break
             if time.monotonic() - begin > 2 * self.patience * self.interval * (done + 1):

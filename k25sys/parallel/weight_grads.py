@@ -102,6 +102,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ weight if needs_x else None
         if needs_weight or needs_bias:
+            x = x.detach()  # or it would hold the graph that made it
 
             def compute() -> None:
                 rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
