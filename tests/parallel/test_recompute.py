@@ -38,6 +38,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 PLANS = [names for n in range(len(NAMES) + 1) for names in combinations(NAMES, n)]
 
 
+def trained(layer: nn.Module) -> list[nn.Parameter]:
+    """Not the router's bias."""
+    return [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+
 class Case:
     """A layer of preset tiny with random weights, dense (0) or with experts (1), and documents of two lengths."""
 
@@ -46,9 +51,8 @@ class Case:
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
             for parameter in self.layer.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-            for buffer in self.layer.buffers():
-                buffer.zero_()
+                noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.copy_(noise if parameter.requires_grad else torch.zeros(parameter.shape))
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)
@@ -78,7 +82,7 @@ class Case:
         x = leaf * 1  # no leaf: as in the middle of a model
         y, saved = measure_saved_bytes(lambda: self.run(layer, x), layer.parameters(), memory)
         y.float().square().sum().backward()
-        gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+        gradients = [leaf.grad, *(parameter.grad for parameter in trained(layer))]
         assert all(gradient is not None for gradient in gradients)
         return saved, [y, *gradients]  # pyright: ignore[reportReturnType]
 
@@ -223,7 +227,7 @@ def _with_deferred_weight_gradients(
     for key in range(2):
         store.run(key)
     gradients = [leaf.grad for leaf in leaves]
-    for parameter in layer.parameters():
+    for parameter in trained(layer):
         gradients.append(getattr(parameter, "main_grad", parameter.grad))
     return [g for g in gradients if g is not None], store
 
@@ -233,7 +237,7 @@ def test_deferred_weight_gradients_are_bitwise_the_same(index: int) -> None:
     case = Case(index, torch.float32)
     exact, _ = _with_deferred_weight_gradients(case, None, defer=False)
     assert all(gradient.count_nonzero() for gradient in exact)
-    count = 2 + len(list(case.layer.parameters()))
+    count = 2 + len(trained(case.layer))
     for names in ((), ("norms",), ("swiglu",), ("mla_up",), RECOMPUTED):
         for defer in (False, True):
             found, store = _with_deferred_weight_gradients(case, names, defer=defer)
@@ -375,7 +379,7 @@ def test_everything_else_may_wait_in_another_store(names: tuple[str, ...]) -> No
     assert saved == 0
     y.square().sum().backward()
     assert leaf.grad is not None
-    found = [y, leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+    found = [y, leaf.grad, *(parameter.grad for parameter in trained(layer))]
     assert all(b is not None and torch.equal(a, b) for a, b in zip(exact, found, strict=True))
     assert elsewhere.packed == elsewhere.unpacked  # each memory once, however many save it
 
