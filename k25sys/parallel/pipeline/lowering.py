@@ -23,11 +23,11 @@ _RELATIVE_COSTS = {
 def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkSeconds | None = None) -> Schedule:
     """`schedule` with its sends and receives; stages of one rank that follow each other need none.
 
-    A send follows at once what it sends. A receive is posted as late as the plan lets it without delaying its message:
-    so many actions before its consumer that the message travels during them, but not before the action during which the
-    message is made. It is posted earlier where a sender that blocks would otherwise be stuck: what comes out ends with
-    sends and receives that block until both are reached (validator.validate), and the messages of two ranks are in the
-    same order on both.
+    A send follows what it sends, with nothing but receives between them. A receive is posted as late as the plan lets
+    it without delaying its message: so many actions before its consumer that the message travels during them, but not
+    before the action during which the message is made. It is posted earlier where a sender that blocks would otherwise
+    be stuck: what comes out ends with sends and receives that block until both are reached (validator.validate), and the
+    messages of two ranks are in the same order on both.
 
     Args:
         costs: Of the actions, in the plan; by default a backward takes twice a forward, each of its halves a forward.
@@ -55,7 +55,7 @@ def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkS
             if receive in made:
                 latest = max(made[receive], span.start - ahead[receive])
                 at = bisect_right(starts, latest, hi=i + 1) - 1
-                posted[at if at >= 0 and spans[at].end > made[receive] else at + 1].append(receive)
+                posted[at if at >= 0 and spans[at].end > made[receive] else min(at + 1, i)].append(receive)
         order: list[Action] = []
         for receives, span in zip(posted, spans, strict=True):
             send = schedule.send_of(span.action)

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 
-from k25sys.parallel.pipeline import Schedule, make_schedule
+from k25sys.parallel.pipeline import Kind, Schedule, make_schedule
 from k25sys.parallel.pipeline.generators import SCHEDULES
 
 RANKS = (1, 2, 4, 5)
 MICROBATCHES = (1, 2, 3, 5, 8, 11)
+
+COSTS = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}
 
 
 def all_schedules(ranks: tuple[int, ...] = RANKS, microbatches: tuple[int, ...] = MICROBATCHES) -> Iterator[Schedule]:
