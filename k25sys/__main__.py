@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m k25sys {doctor, generate, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, plan, convert, verify}`."""
 
 import argparse
 import os
@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from k25sys.planner.arguments import add_plan_arguments
 
 if TYPE_CHECKING:
     from k25sys.data import ChatTokens, Tokenizer
@@ -42,10 +44,12 @@ def main() -> int:
         "--dtype", choices=("bfloat16", "float16", "float32"),
         help="of what is not packed (default: bfloat16 with int4, else as it is)",
     )  # fmt: skip
+    plan = commands.add_parser("plan", help="simulate a run on a cluster: step time, memory, what binds")
+    add_plan_arguments(plan)
     verify = commands.add_parser("verify", help="exit 0 when a checkpoint is intact, else name the files at fault")
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
-    commands_by_name = {"doctor": _doctor, "generate": _generate, "convert": _convert, "verify": _verify}
+    commands_by_name = {"doctor": _doctor, "generate": _generate, "plan": _plan, "convert": _convert, "verify": _verify}
     return commands_by_name[arguments.command](arguments)
 
 
@@ -136,6 +140,12 @@ def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens"
         pixels, grid, timestamps = preprocess_video(path_of(name))
         content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
     return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from k25sys.planner.command import run
+
+    return _reported("plan", lambda: run(arguments))
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -48,7 +49,13 @@ class Monitor:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, *, interval: float = 1.0, patience: int = 20
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        *,
+        interval: float = 1.0,
+        patience: int = 20,
     ) -> None:
         if not interval > 0:
             raise ArgumentValueError(message("Monitor", "interval", interval, "seconds > 0"))

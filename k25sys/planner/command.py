@@ -8,34 +8,11 @@ from pathlib import Path
 from k25sys.errors import ArgumentValueError, message
 from k25sys.parallel.pipeline.drawing import draw_svg
 from k25sys.parallel.pipeline.tracer import write_perfetto
+from k25sys.planner.arguments import SWEPT
 from k25sys.planner.hardware import hardware
 from k25sys.planner.plan import Plan, make_plan
 from k25sys.planner.report import table
 from k25sys.planner.request import PlanRequest
-
-_SWEPT = ("pp", "vpp", "ep", "tp", "cp", "microbatches", "schedule", "recompute", "vision", "vision_share")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of INTERFACES, "Planner"."""
-    default = {name: item.default for name, item in PlanRequest.__dataclass_fields__.items()}
-    parser.add_argument("--preset", default=default["preset"])
-    parser.add_argument("--gpus", type=int, required=True)
-    for name in ("pp", "vpp", "ep", "tp", "cp", "microbatches", "sequence", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=default[name])
-    for name in ("schedule", "recompute", "vision"):
-        parser.add_argument(f"--{name}", default=default[name])
-    parser.add_argument("--hardware", default="h800", help="h800, h100 or h200")
-    parser.add_argument("--calibration", metavar="FILE", help="JSON of measured numbers in place of the preset's")
-    parser.add_argument("--vision-share", type=float, default=0.0, help="media tokens of all tokens")
-    parser.add_argument("--video-share", type=float, default=0.0, help="videos among the sequences with media")
-    parser.add_argument("--uniform", action="store_true", help="equal stages and free links, as closed forms have it")
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="FLAG=A,B,...", help=f"plans for each; {', '.join(_SWEPT)}"
-    )
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--svg", metavar="FILE", help="the schedule, drawn")
-    parser.add_argument("--perfetto", metavar="FILE", help="the schedule for ui.perfetto.dev")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -71,8 +48,8 @@ def _sweep(request: PlanRequest, sweeps: list[str]) -> list[PlanRequest]:
     for text in sweeps:
         name, found, values = text.partition("=")
         name = name.lstrip("-").replace("-", "_")
-        if not found or name not in _SWEPT:
-            accepted = f"FLAG=A,B,... with one of {', '.join(_SWEPT)}"
+        if not found or name not in SWEPT:
+            accepted = f"FLAG=A,B,... with one of {', '.join(SWEPT)}"
             raise ArgumentValueError(message("plan", "--sweep", repr(text), accepted))
         kind = type(getattr(request, name))
         try:
@@ -85,7 +62,7 @@ def _sweep(request: PlanRequest, sweeps: list[str]) -> list[PlanRequest]:
 
 
 def _labelled(plan: Plan) -> dict[str, object]:
-    request = {name: getattr(plan.request, name) for name in _SWEPT}
+    request = {name: getattr(plan.request, name) for name in SWEPT}
     return {"request": request, **plan.to_json()}
 
 
@@ -97,7 +74,7 @@ def _sweep_table(plans: list[Plan]) -> str:
         return plan.largest_memory > plan.request.hardware.memory_bytes, -plan.tokens_per_second_per_gpu
 
     for plan in sorted(plans, key=order):
-        run_of = " ".join(f"{name}={getattr(plan.request, name)}" for name in _SWEPT)
+        run_of = " ".join(f"{name}={getattr(plan.request, name)}" for name in SWEPT)
         lines.append(
             f"{'*' if order(plan)[0] else ' '} {plan.tokens_per_second_per_gpu:11.1f} {plan.mfu:6.1%} "
             f"{plan.bubble:7.2%} {plan.efficiency_vs_text:8.3f} {plan.largest_memory / 1e9:4.0f}  "

@@ -182,9 +182,12 @@ class _Planner:
 
     def __init__(self, request: PlanRequest) -> None:
         self.request, self.config, self.hardware = request, request.config, request.hardware
+        options: dict[str, Any] = {}
+        if request.uniform and request.schedule == "interleaved_1f1b":  # the closed forms' has no extra warm-up
+            options["extra_warmup"] = 0
         self.schedule = make_schedule(
             request.schedule, num_ranks=request.pp, num_microbatches=request.microbatches, virtual_stages=request.vpp,
-            **({"extra_warmup": 0} if request.uniform and request.schedule == "interleaved_1f1b" else {}),
+            **options,
         )  # fmt: skip
         self.layers = stage_layers(request)
         self.stages = [self._stage_seconds(stage) for stage in range(len(self.layers))]

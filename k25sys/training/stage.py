@@ -11,7 +11,7 @@ from k25sys.errors import ArgumentValueError, MediaCountError, ShapeError, messa
 from k25sys.models import KimiK25
 from k25sys.models.config import KimiK25Config
 from k25sys.models.decoder import DecoderLayer
-from k25sys.models.documents import Documents, Packing
+from k25sys.models.documents import Documents, TokenPacking
 from k25sys.models.rope import text_tables
 from k25sys.parallel.context import ShardedDocuments
 from k25sys.parallel.dep import Clip, make_packs, splice
@@ -27,7 +27,7 @@ class LocalTokens:
     Between layers a rank holds `own`, T / tensor consecutive ones of its context rank's tokens.
     """
 
-    documents: Packing
+    documents: TokenPacking
     """Of the context rank's tokens."""
     context_C: Tensor
     """(C,) int64: the place in the micro-batch of each token of the context rank."""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_deferred_weight_gradients_are_those_of_one_piece(
         for deferred in (False, True):
             layer, handed_over = t.leaves(needed), []
             buffers = [torch.ones(w.shape, dtype=buffer_dtype) for w in t.layer[1:3]] if buffer_dtype else [None, None]
-            options = {"defer_weight_grads": handed_over.append} if deferred else {}
+            options: dict[str, Any] = {"defer_weight_grads": handed_over.append} if deferred else {}
             for scale in (1.0, 2.0):
                 y = ops.expert_mlp(
                     *layer, t.experts_TK, gate_up_main_grad=buffers[0], down_main_grad=buffers[1], backend=backend,

@@ -1,5 +1,7 @@
 """Ranks that are killed, stopped, fail or hang in mid-step: every survivor ends with an error that names the rank."""
 
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+
 import os
 import signal
 import socket

@@ -51,8 +51,10 @@ class Case:
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
             for parameter in self.layer.parameters():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                parameter.copy_(noise if parameter.requires_grad else torch.zeros(parameter.shape))
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                else:
+                    parameter.zero_()
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)

@@ -94,10 +94,10 @@ def _events(timeline: Timeline, memory: Memory, first: int) -> Iterator[dict[str
 
 
 def _slice(
-    action: Action, start: float, end: float, arguments: dict[str, float], arrow: dict[str, object] | None = None
+    action: Action, start: float, end: float, arguments: dict[str, float], arrow: Mapping[str, object] | None = None
 ) -> _Slice:
     """A slice of a nanosecond at least: an arrow ends in nothing shorter."""
-    return _Slice(action, start, max(end, start + 1e-9), arguments, arrow or {})
+    return _Slice(action, start, max(end, start + 1e-9), arguments, dict(arrow or {}))
 
 
 def _track(slices: list[_Slice], pid: int, first_tid: int, name: str) -> Iterator[dict[str, object]]:
