@@ -25,6 +25,7 @@ def main() -> int:
     source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
     source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
     generate.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     generate.add_argument("--max-new-tokens", type=int, default=16)
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -37,6 +38,10 @@ def main() -> int:
     convert.add_argument(
         "--scale-rule", choices=("amax/7", "amax/7.5"), default="amax/7", help="of experts that are not packed yet"
     )
+    convert.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"),
+        help="of what is not packed (default: bfloat16 with int4, else as it is)",
+    )  # fmt: skip
     verify = commands.add_parser("verify", help="exit 0 when a checkpoint is intact, else name the files at fault")
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
@@ -58,10 +63,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
         model, tokenizer = _model_and_tokenizer(arguments)
         chat = _chat(arguments, tokenizer)
-        with torch.no_grad():
-            logits = model(torch.tensor([chat.token_ids]), chat.pixel_values, chat.grid_thw)
         clips = 0 if chat.grid_thw is None else len(chat.grid_thw)
-        print(f"prompt: {len(chat.token_ids)} tokens, {clips} clips; logits {tuple(logits.shape)}, {logits.dtype}")
+        dtype = model.language_model.lm_head.weight.dtype
+        print(f"prompt: {len(chat.token_ids)} tokens, {clips} clips; model in {dtype}")
         (sample,) = generate(
             model, [chat.token_ids], max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
             top_p=arguments.top_p, generator=torch.Generator().manual_seed(arguments.seed),
@@ -87,22 +91,35 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
 
     config = read_config(arguments.checkpoint) if arguments.checkpoint else preset(arguments.preset)
     with torch.device("meta"):
-        need = sum(4 * value.numel() for value in KimiK25(config).parameters())
+        model = KimiK25(config).to(getattr(torch, arguments.dtype))
+    need = sum(value.nbytes for value in model.parameters())
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
-        raise ValueError(f"the model needs {need / 1e9:.0f} GB in float32, this machine has {have / 1e9:.0f}")
-    model = KimiK25(config, generator=torch.Generator().manual_seed(arguments.seed))
+        raise ValueError(f"the model needs {need / 1e9:.0f} GB in {arguments.dtype}, this machine has {have / 1e9:.0f}")
+    model.to_empty(device="cpu")
     if arguments.checkpoint:
         load_hf(model, arguments.checkpoint)
+    else:
+        model.reset_parameters(torch.Generator().manual_seed(arguments.seed))
     released = Path(arguments.checkpoint or "", "tiktoken.model")
     file = arguments.tokenizer or (released if arguments.checkpoint and released.is_file() else None)
     tokenizer = TiktokenTokenizer(file) if file else ByteTokenizer()
-    if tokenizer.special.media_pad != config.tokens.media_pad:
-        raise ValueError(
-            f"the tokenizer's media_pad is {tokenizer.special.media_pad}, the model's {config.tokens.media_pad}: "
-            "pass the model's --tokenizer"
-        )
+    _check_same_tokens(tokenizer, model)
     return model, tokenizer
+
+
+def _check_same_tokens(tokenizer: "Tokenizer", model: "KimiK25") -> None:
+    from k25sys.errors import listing
+
+    wanted = model.config.tokens.named()
+    differ = [
+        f"{name} {mine}, the tokenizer's {theirs}"
+        for name, mine in wanted.items()
+        if mine != (theirs := getattr(tokenizer.special, name))
+    ]
+    if differ:
+        found = listing(differ, most=3, separator="; ")
+        raise ValueError(f"the model's special tokens are not the tokenizer's: {found}: pass the model's --tokenizer")
 
 
 def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens":
@@ -122,12 +139,14 @@ def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens"
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
     from k25sys.checkpoint import convert
 
     def run() -> str:
         convert(
             arguments.source, arguments.folder, layout=arguments.layout, experts=arguments.experts,
-            scale_rule=arguments.scale_rule,
+            scale_rule=arguments.scale_rule, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         )  # fmt: skip
         return f"{arguments.folder}: written"
 

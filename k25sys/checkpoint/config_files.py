@@ -1,16 +1,28 @@
 """config.json of a saved model, in the released form and in that of transformers' Kimi_K25Config."""
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from k25sys.checkpoint.int4 import GROUP
 from k25sys.errors import ConfigError, message
-from k25sys.models.config import KimiK25Config, VisionConfig
+from k25sys.models.config import KimiK25Config, TokenIds, VisionConfig
+from k25sys.special_tokens import RELEASED_VOCABULARY
 
 _ROPE_THETA = 10000.0  # of the encoder's rotations; the released form says it nowhere
 CONFIG = "config.json"
 LAYOUTS = ("released", "transformers")
+_VISION_FIELDS = MappingProxyType({  # which only the layout's own readers know
+    "released": (
+        "vt_hidden_size", "vt_intermediate_size", "vt_num_hidden_layers", "vt_num_attention_heads",
+        "init_pos_emb_height", "init_pos_emb_width", "init_pos_emb_time",
+    ),
+    "transformers": (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "pos_emb_height", "pos_emb_width", "pos_emb_time",
+    ),
+})  # fmt: skip
 
 
 def config_json(config: KimiK25Config, layout: str, *, dtype: torch.dtype, int4: bool) -> dict[str, Any]:
@@ -52,8 +64,17 @@ def config_json(config: KimiK25Config, layout: str, *, dtype: torch.dtype, int4:
         "dtype": text["dtype"],
         "tie_word_embeddings": False,
         "text_config": text,
+        **_special_token_ids(config),
         **(_released_vision if released else _transformers_vision)(config, config.vision),
     }
+
+
+def layout_of(described: dict[str, Any]) -> str | None:
+    """In whose words a config.json describes the vision encoder; None for those of both, or of neither."""
+    names = described["vision_config"].keys()
+    words = [layout for layout, fields in _VISION_FIELDS.items() if names >= set(fields)]
+    strangers = [layout for layout, fields in _VISION_FIELDS.items() if names & set(fields)]
+    return words[0] if words == strangers and len(words) == 1 else None
 
 
 def quantization_config() -> dict[str, Any]:
@@ -102,9 +123,17 @@ def _text(config: KimiK25Config) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "use_cache": True,
         "bos_token_id": tokens.bos,
-        "eos_token_id": list(tokens.stop) if len(tokens.stop) > 1 else tokens.eos,
+        "eos_token_id": list(tokens.stop) if len(tokens.stop) > 1 else next(iter(tokens.stop), None),
         "pad_token_id": tokens.pad,
     }
+
+
+def _special_token_ids(config: KimiK25Config) -> dict[str, Any]:
+    """Every special token by name, unless they are those of the released vocabulary: of most of them neither layout has
+    a field, since there they are known."""
+    if config.text.vocab_size == RELEASED_VOCABULARY and config.tokens == TokenIds.released():
+        return {}
+    return {"special_token_ids": config.tokens.named()}
 
 
 def _rope(config: KimiK25Config) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ CODES_PER_WORD = 8
 SCALE_RULES = ("amax/7", "amax/7.5")
 _DIVISORS = {"amax/7": (7.0, -7.0), "amax/7.5": (7.5, -8.0)}  # divisor and least code
 _LARGEST_CODES = (7, 8, 6, 5, 4, 3, 2, 1)  # what the largest code of a group may be, the usual ones first
+_LOWEST_BITS = 0x11111111  # of the eight nibbles of a word
+_PROBED = 4  # columns of a group
 _EMPTY_SCALE = 1.0  # of a group of zeros: 0 would be NaN for whoever divides by it
 
 
@@ -153,15 +155,19 @@ class Int4Origin:
     odd: dict[str, OddGroups | None] = field(default_factory=dict)
 
     def remember(self, name: str, weight_OI: Tensor, packed: Tensor, scales: Tensor) -> None:
-        """Notes that `weight_OI` is `dequantize_int4(packed, scales, weight_OI.dtype)`."""
-        codes = unpack_int4(packed).view(-1, GROUP)
-        scales = scales.reshape(-1)
-        found, found_scales = _recover_groups(weight_OI)
-        numbers = ((found != codes).any(1) | (_bits(found_scales) != _bits(scales))).nonzero().squeeze(1)
+        """Notes that `weight_OI` is `dequantize_int4(packed, scales, weight_OI.dtype)`.
+
+        Searches only the groups that may be odd, few in a real matrix: the search takes as long as all else together.
+        """
+        words, scales = packed.reshape(-1, GROUP // CODES_PER_WORD), scales.reshape(-1)
+        numbers = (~_surely_recovered(words, scales, weight_OI.dtype)).nonzero().squeeze(1)
+        codes, scales = unpack_int4(words[numbers]), scales[numbers]
+        found, found_scales = _recover_groups(weight_OI.reshape(-1, GROUP)[numbers])
+        odd = (found != codes).any(1) | (_bits(found_scales) != _bits(scales))
         # Nothing small is kept where nothing is odd: it would pin the memory of the large tensors freed around it.
         self.odd[name] = None
-        if len(numbers):
-            self.odd[name] = OddGroups(numbers=numbers, codes=codes[numbers], scales=scales[numbers])
+        if odd.any():
+            self.odd[name] = OddGroups(numbers=numbers[odd], codes=codes[odd], scales=scales[odd])
 
     def codes_of(self, name: str, weight_OI: Tensor) -> tuple[Tensor, Tensor] | None:
         """The codes (O, I / 8) and scales (O, I / 32) that a matrix was loaded from, or None if it was not, or if it
@@ -182,6 +188,21 @@ def _bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
+def _surely_recovered(words: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which groups (words (groups, 4) int32, scales (groups,)) `_recover_groups` gives back as they are; no false yes.
+
+    Those with a code of magnitude 7 or 8 and another of 1 to 6, and a scale whose products neither overflow nor lose
+    digits: no other pair that is tried before the true one gives the same weights, for any of a scale's 128 mantissas.
+    """
+    b1, b2, b3 = words >> 1, words >> 2, words >> 3  # bit i of every nibble in the nibble's lowest place
+    largest = (words & b1 & b2 & b3) | ~(b1 | b2 | b3)  # 15, or 0 and 1: codes 7, -8 and -7
+    zero = b3 & ~(words | b1 | b2)
+    has_largest = (largest & _LOWEST_BITS).any(1)
+    has_between = (~(largest | zero) & _LOWEST_BITS).any(1)
+    least, most = (2.0**-14, 2.0**12) if dtype == torch.float16 else (2.0**-100, 2.0**100)
+    return has_largest & has_between & (scales >= least) & (scales <= most)
+
+
 def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """For each group the first pair of codes and scale that gives its weights exactly.
 
@@ -197,14 +218,24 @@ def _recover_groups(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     values, bits, largest = values[numbers], bits[numbers], largest[numbers]
     # The largest weight was rounded, so that its scale may be a neighbour of the quotient.
     for code, step in itertools.product(_LARGEST_CODES, (0, -1, 1)):
-        if not len(numbers):
-            break
         scale = ((largest / code).to(torch.bfloat16).view(torch.int16) + step).view(torch.bfloat16)
-        wide = scale.float().unsqueeze(1)
-        guess = (values / wide).round() + 0.0  # code 0 has no sign
-        least, most = torch.aminmax(guess, dim=1)
-        fits = (_bits((guess * wide).to(weight_OI.dtype)) == bits).all(1) & (least >= -8) & (most <= 7)
-        found = numbers[fits]
-        codes[found], scales[found] = guess[fits].to(torch.int8), scale[fits]
-        numbers, values, bits, largest = (x[~fits] for x in (numbers, values, bits, largest))
+        # Of weights that were never in four bits a few columns tell; only where they fit, all are looked at.
+        _, likely = _codes_at(scale, values[:, :_PROBED], bits[:, :_PROBED], weight_OI.dtype)
+        rows = likely.nonzero().squeeze(1)
+        guess, fits = _codes_at(scale[rows], values[rows], bits[rows], weight_OI.dtype)
+        rows = rows[fits]
+        if not len(rows):
+            continue
+        codes[numbers[rows]], scales[numbers[rows]] = guess[fits].to(torch.int8), scale[rows]
+        left = torch.ones(len(numbers), dtype=torch.bool)
+        left[rows] = False
+        numbers, values, bits, largest = (x[left] for x in (numbers, values, bits, largest))
     return codes, scales
+
+
+def _codes_at(scale: Tensor, values: Tensor, bits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each row of `values` its codes at a scale, as floats, and whether they give `bits`, the values in `dtype`."""
+    wide = scale.float().unsqueeze(1)
+    guess = (values / wide).round() + 0.0  # code 0 has no sign
+    in_range = ((guess >= -8) & (guess <= 7)).all(1)
+    return guess, (_bits((guess * wide).to(dtype)) == bits).all(1) & in_range

@@ -10,7 +10,8 @@ from k25sys.checkpoint.config_files import CONFIG
 from k25sys.checkpoint.int4 import Int4Origin, dequantize_int4
 from k25sys.checkpoint.safetensors import SafetensorsFolder, read_json
 from k25sys.checkpoint.sources import FolderSource, ModelSource
-from k25sys.checkpoint.store import MANIFEST, verify_manifest
+from k25sys.checkpoint.store import MANIFEST
+from k25sys.checkpoint.verify import verify_weights
 from k25sys.models.config import KimiK25Config
 
 
@@ -26,15 +27,15 @@ def read_config(folder: str | os.PathLike[str]) -> KimiK25Config:
 def load_hf(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
     """Loads the released layout (experts packed or whole), transformers' state dict, or what its save_pretrained gives.
 
-    Reads tensor by tensor, file after file: beside the model there is never more in memory than one tensor, or one file
-    where experts are stacked.
-    Values are converted to the dtype of the model's tensors. Where experts were in INT4, `model.int4_origin` is set, a
-    few bytes with which `save_hf` can write the same codes and scales again.
+    Reads tensor by tensor, file after file: beside the model there is never more in memory than one tensor, and of
+    stacked experts two copies of one's matrix. Values are converted to the dtype of the model's tensors. Where experts
+    were in INT4, `model.int4_origin` is set, a few bytes with which `save_hf` writes the same codes and scales again.
 
     Args:
         model: a KimiK25 that is not on the meta device.
         folder: model.safetensors.index.json with its files, or a single safetensors file.
-        verify: compare every file with the manifest first, where there is one.
+        verify: compare weights and config.json with the manifest first, where there is one. Other files may have been
+            added or changed (`python -m k25sys verify` finds them).
 
     Raises:
         CheckpointError: before the model is changed. A file is missing, truncated or altered, or tensors are missing,
@@ -43,7 +44,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str], *, verify: bool = 
     """
     target = ModelSource("load_hf", model)
     if verify and (Path(folder) / MANIFEST).exists():
-        verify_manifest(folder)
+        verify_weights(folder)
     origin = Int4Origin()
     with SafetensorsFolder(folder) as files, torch.no_grad():
         source = FolderSource(files, target.config)

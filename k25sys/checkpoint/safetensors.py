@@ -39,8 +39,7 @@ class Entry:
 class SafetensorsFolder:
     """The tensors of a folder, found by reading the headers of its files.
 
-    Whole tensors are read into memory of their own, so that a file costs nothing but what is being read of it. Parts of
-    a tensor are views of a mapped file, one file at a time.
+    What is read has memory of its own, so that a file costs nothing but what is being read of it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -57,7 +56,6 @@ class SafetensorsFolder:
         expected = _read_index(index) if index.exists() else None
         files = sorted(set(expected.values())) if expected is not None else [_single_file(self.folder)]
         self._read: OrderedDict[str, Any] = OrderedDict()
-        self._mapped: tuple[str, Any] | None = None
         self.entries: dict[str, Entry] = {}
         for file in files:
             for name, entry in self._header(file):
@@ -80,13 +78,9 @@ class SafetensorsFolder:
         """Closes the open files; reading opens them again."""
         while self._read:
             _close(self._read.popitem()[1])
-        if self._mapped is not None:
-            _close(self._mapped[1])
-            self._mapped = None
 
     def read(self, name: str, expert: int | None = None, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor, or matrix `expert` of it, or rows [start, stop) of that. A part is a view of the mapped file, which
-        stays mapped as long as the view lives: copy it, do not keep it.
+        """A tensor, or matrix `expert` of it, or rows [start, stop) of that.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -95,9 +89,11 @@ class SafetensorsFolder:
         try:
             if expert is None and rows is None:
                 return self._reader(file).get_tensor(name)
-            view = self._map(file).get_slice(name)
             within = slice(None) if rows is None else slice(*rows)
-            return view[within] if expert is None else view[expert, within]
+            # Mapped anew each time: the pages of earlier parts would stay in memory as long as the mapping.
+            with safe_open(str(self.folder / file), framework="pt") as mapped:
+                view = mapped.get_slice(name)
+                return (view[within] if expert is None else view[expert, within]).clone()
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: {name} cannot be read: {error}") from error
 
@@ -109,13 +105,6 @@ class SafetensorsFolder:
             self._read[file] = safe_open(str(self.folder / file), framework="pt", backend="pread")
         self._read.move_to_end(file)
         return self._read[file]
-
-    def _map(self, file: str) -> Any:
-        if self._mapped is None or self._mapped[0] != file:
-            if self._mapped is not None:
-                _close(self._mapped[1])
-            self._mapped = file, safe_open(str(self.folder / file), framework="pt")
-        return self._mapped[1]
 
     def _header(self, file: str) -> Iterable[tuple[str, Entry]]:
         path = self.folder / file
@@ -194,11 +183,15 @@ class ShardWriter:
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
+    def make_room(self, size: int) -> None:
+        """Writes what it holds if `size` bytes more would not fit: call it before making a large tensor to add."""
+        if self._waiting_bytes + size > self._most:
+            self._flush()
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Takes a tensor; it must not change until `finish`."""
         size = tensor.numel() * tensor.element_size()
-        if self._waiting and self._waiting_bytes + size > self._most:
-            self._flush()
+        self.make_room(size)
         self._waiting[name] = tensor.detach().to("cpu").contiguous()
         self._waiting_bytes += size
         self._total_bytes += size

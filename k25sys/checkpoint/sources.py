@@ -93,7 +93,7 @@ class FolderSource:
         return torch.bfloat16 if name in self._packed else dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor, from INT4 in bfloat16; it may be a view of the mapped file."""
+        """The tensor, from INT4 in bfloat16."""
         codes = self.codes(name)
         if codes is not None:
             return dequantize_int4(*codes)

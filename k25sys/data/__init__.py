@@ -30,13 +30,13 @@ from k25sys.data.images import preprocess_image, read_image_size
 from k25sys.data.samples import SAMPLES, sample_file
 from k25sys.data.tokenizer import (
     RELEASED_SPECIAL_TOKENS,
-    SPECIAL_LITERALS,
     ByteTokenizer,
     SpecialTokens,
     TiktokenTokenizer,
     Tokenizer,
 )
 from k25sys.data.videos import VideoInfo, preprocess_video, read_video_info
+from k25sys.special_tokens import SPECIAL_LITERALS
 
 __all__ = [
     "RELEASED_LIMITS",

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from k25sys.data.geometry import MERGE
-from k25sys.data.tokenizer import SPECIAL_LITERALS, SpecialTokens, Tokenizer
+from k25sys.data.tokenizer import SpecialTokens, Tokenizer
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, ChatFormatError, message
+from k25sys.special_tokens import SPECIAL_LITERALS
 
 _CALL_ID = re.compile(r"functions\.(?P<name>[\w.-]+):(?P<index>0|[1-9]\d{0,8})", re.ASCII)
 

@@ -164,6 +164,8 @@ def _to_rgb(picture: "Image.Image", name: str) -> "Image.Image":
         raise FileFormatError(message("preprocess_image", name, "mode F (floats)", "8 or 16 bits a channel", hint))
     if orientation > 1:
         picture = picture.transpose(turns[orientation - 2])
+    if picture.mode == "La":  # multiplied with alpha: Pillow turns it into nothing but this
+        picture = picture.convert("LA")
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 

@@ -9,41 +9,24 @@ import binascii
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, FileFormatError, OptionalPackageError, message
+from k25sys.special_tokens import (
+    NUM_RESERVED,
+    RELEASED_SPECIAL_IDS,
+    SPECIAL_LITERALS,
+    SPECIAL_OFFSETS,
+    SpecialTable,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
+class SpecialTokens(SpecialTable[int]):
     """Ids of the tokens that structure a conversation, in the order of their released ids."""
-
-    bos: int
-    eos: int
-    im_end: int
-    im_user: int
-    im_assistant: int
-    start_header: int
-    end_header: int
-    eot: int
-    im_system: int
-    tool_calls_section_begin: int
-    tool_calls_section_end: int
-    tool_call_begin: int
-    tool_call_argument_begin: int
-    tool_call_end: int
-    im_middle: int
-    media_begin: int
-    media_content: int
-    media_end: int
-    media_pad: int
-    think: int
-    end_think: int
-    unk: int
-    pad: int
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -51,22 +34,9 @@ class SpecialTokens:
         return self.eos, self.im_end
 
 
-_LITERALS = MappingProxyType({
-    "bos": "[BOS]", "eos": "[EOS]", "eot": "[EOT]", "unk": "[UNK]", "pad": "[PAD]",
-    "start_header": "<|start_header_id|>", "end_header": "<|end_header_id|>",
-    "think": "<think>", "end_think": "</think>",
-})  # fmt: skip
-SPECIAL_LITERALS = MappingProxyType(
-    {field.name: _LITERALS.get(field.name, f"<|{field.name}|>") for field in fields(SpecialTokens)}
-)
 _ANY_LITERAL = re.compile("|".join(re.escape(literal) for literal in SPECIAL_LITERALS.values()))
 _NAME_OF = MappingProxyType({literal: name for name, literal in SPECIAL_LITERALS.items()})
-# Distance of each special token from the first one. Between them lie ids that are reserved.
-_RELEASED_FIRST = 163584
-_DISTANCES = (0, 1, 2, 3, 4, 6, 7, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 254, 255)
-_OFFSETS = MappingProxyType(dict(zip(SPECIAL_LITERALS, _DISTANCES, strict=True)))
-_NUM_RESERVED = 256
-RELEASED_SPECIAL_TOKENS = SpecialTokens(**{name: _RELEASED_FIRST + offset for name, offset in _OFFSETS.items()})
+RELEASED_SPECIAL_TOKENS = SpecialTokens(**RELEASED_SPECIAL_IDS)
 
 # Kimi K2's split of text into pieces, within which byte pairs merge.
 _PIECES = "|".join(
@@ -174,12 +144,12 @@ class TiktokenTokenizer:
                 message("TiktokenTokenizer", "package", "no tiktoken", "tiktoken >= 0.8", hint)
             ) from error
         ranks = _read_ranks(Path(file))
-        names = {offset: name for name, offset in _OFFSETS.items()}
+        names = {offset: name for name, offset in SPECIAL_OFFSETS.items()}
         first = len(ranks)
-        self._special = SpecialTokens(**{name: first + offset for name, offset in _OFFSETS.items()})
+        self._special = SpecialTokens(**{name: first + offset for name, offset in SPECIAL_OFFSETS.items()})
         reserved = {
             SPECIAL_LITERALS[names[i]] if i in names else f"<|reserved_token_{first + i}|>": first + i
-            for i in range(_NUM_RESERVED)
+            for i in range(NUM_RESERVED)
         }
         self._encoding = tiktoken.Encoding(
             Path(file).name, pat_str=_PIECES, mergeable_ranks=ranks, special_tokens=reserved

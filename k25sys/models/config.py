@@ -1,62 +1,41 @@
 """What a Kimi-K2.5 model is: the sizes of its language model, of its vision encoder, and its special tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from k25sys.errors import ConfigError, message
 from k25sys.ops.checks import MAX_EXPERTS, MAX_TOP_K
+from k25sys.special_tokens import RELEASED_SPECIAL_IDS, SPECIAL_NAMES, SpecialTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenIds:
-    """Ids of the special tokens; the defaults are those of the released vocabulary of 163,840.
+class TokenIds(SpecialTable[int | None]):
+    """Ids of the special tokens. None: the vocabulary has no such token."""
 
-    None: the vocabulary has no such token.
-    """
-
-    bos: int | None = 163584
-    eos: int | None = 163585
-    im_end: int | None = 163586
-    im_user: int | None = 163587
-    im_assistant: int | None = 163588
-    start_header: int | None = 163590
-    end_header: int | None = 163591
-    eot: int | None = 163593
-    im_system: int | None = 163594
-    tool_calls_section_begin: int | None = 163595
-    tool_calls_section_end: int | None = 163596
-    tool_call_begin: int | None = 163597
-    tool_call_argument_begin: int | None = 163598
-    tool_call_end: int | None = 163599
-    im_middle: int | None = 163601
-    media_begin: int | None = 163602
-    media_content: int | None = 163603
-    media_end: int | None = 163604
-    media_pad: int | None = 163605
-    think_begin: int | None = 163606
-    think_end: int | None = 163607
-    unk: int | None = 163838
-    pad: int | None = 163839
-    stop: tuple[int, ...] = (163585, 163586)
+    stop: tuple[int, ...]
     """Generation ends with any of these."""
 
     @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The special tokens, by ascending released id."""
-        return tuple(item.name for item in fields(cls) if item.name != "stop")
+    def released(cls) -> "TokenIds":
+        """Those of the released vocabulary of 163,840."""
+        return cls(**RELEASED_SPECIAL_IDS, stop=(RELEASED_SPECIAL_IDS["eos"], RELEASED_SPECIAL_IDS["im_end"]))
 
     @classmethod
     def consecutive(cls, first: int) -> "TokenIds":
-        """Ids from `first` on in the order of `names`: for a small vocabulary whose first ids are plain bytes."""
-        ids: dict[str, Any] = {name: first + i for i, name in enumerate(cls.names())}
+        """Ids from `first` on in the order of SPECIAL_NAMES: for a small vocabulary whose first ids are plain bytes."""
+        ids = {name: first + i for i, name in enumerate(SPECIAL_NAMES)}
         return cls(**ids, stop=(ids["eos"], ids["im_end"]))
 
     @classmethod
     def only(cls, stop: tuple[int, ...], **named: int | None) -> "TokenIds":
         """These ids, and None for every other."""
-        ids: dict[str, Any] = {**dict.fromkeys(cls.names()), **named}
-        return cls(**ids, stop=stop)
+        return cls(**{**dict.fromkeys(SPECIAL_NAMES), **named}, stop=stop)
+
+    def named(self) -> dict[str, int]:
+        """The tokens that the vocabulary has."""
+        ids = {name: getattr(self, name) for name in SPECIAL_NAMES}
+        return {name: token for name, token in ids.items() if token is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,14 +167,13 @@ class KimiK25Config:
 
     text: TextConfig
     vision: VisionConfig | None
-    tokens: TokenIds = field(default_factory=TokenIds)
+    tokens: TokenIds = field(default_factory=TokenIds.released)
 
     def __post_init__(self) -> None:
         vocabulary = self.text.vocab_size
-        ids = {name: getattr(self.tokens, name) for name in TokenIds.names()}
-        ids.update({f"stop[{i}]": token for i, token in enumerate(self.tokens.stop)})
+        ids = self.tokens.named() | {f"stop[{i}]": token for i, token in enumerate(self.tokens.stop)}
         for name, token in ids.items():
-            inside = token is None or 0 <= token < vocabulary
+            inside = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocabulary
             _require(inside, f"tokens.{name}", token, f"an id below vocab_size {vocabulary}")
         if self.vision is not None:
             _require(self.tokens.media_pad is not None, "tokens.media_pad", None, "an id, beside a vision encoder")

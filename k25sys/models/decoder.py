@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from k25sys.models.attention import LatentAttention
 from k25sys.models.config import TextConfig
-from k25sys.models.documents import Documents
+from k25sys.models.documents import Packing, TokenPacking
 from k25sys.models.latent_cache import LatentCache, LayerCache
 from k25sys.models.moe import MixtureOfExperts, SwiGLU
 from k25sys.models.rope import RotaryTables, text_tables
@@ -28,7 +28,7 @@ class DecoderLayer(nn.Module):
         self,
         x_TD: Tensor,
         tables: RotaryTables,
-        documents: Documents,
+        documents: Packing,
         *,
         max_logits_H: Tensor | None = None,
         cache: LayerCache | None = None,
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        documents: Documents,
+        documents: TokenPacking,
         *,
         max_logits_LH: Tensor | None = None,
         cache: LatentCache | None = None,

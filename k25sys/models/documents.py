@@ -4,13 +4,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
+
+
+class Packing(Protocol):
+    """Which keys each row of queries sees: what attention asks of Documents, or of what stands for them where a process
+    holds some of the rows only, while keys come from more."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """T: rows of queries."""
+        ...
+
+    @cached_property
+    def pieces(self) -> Sequence[tuple[range, range]]:
+        """(rows of queries, rows of keys), in order of the queries, all of which are in one piece. A row sees the keys
+        of its piece; causal: the last row sees them all, each row before it one fewer."""
+        ...
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """(pieces + 1,) int32: the first row of queries of each piece, and T."""
+        ...
+
+    @cached_property
+    def key_cu_seqlens(self) -> Tensor:
+        """(pieces + 1,) int32: the same of keys, each piece with its own copy of them."""
+        ...
+
+    def block_mask(self, causal: bool) -> Any:
+        """FlexAttention's BlockMask of `pieces`."""
+        ...
+
+
+class TokenPacking(Packing, Protocol):
+    """A packing of tokens: what the decoder asks of Documents."""
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """(T,) int64: the place of each row of queries in its document."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +100,11 @@ class Documents:
         return max(self.lengths, default=0)
 
     @cached_property
+    def pieces(self) -> tuple[tuple[range, range], ...]:
+        """Each document's rows of queries, and the same of keys."""
+        return tuple((range(begin, end), range(begin, end)) for begin, end in self.bounds)
+
+    @cached_property
     def ends_N(self) -> Tensor:
         """(N,) int64: one past the last row of each document."""
         return torch.tensor(self.lengths, dtype=torch.int64, device=self.device).cumsum(0)
@@ -64,6 +113,11 @@ class Documents:
     def cu_seqlens(self) -> Tensor:
         """(N + 1,) int32, as varlen attention kernels take it."""
         return torch.nn.functional.pad(self.ends_N, (1, 0)).int()
+
+    @cached_property
+    def key_cu_seqlens(self) -> Tensor:
+        """(N + 1,) int32: keys are those of the rows."""
+        return self.cu_seqlens
 
     @cached_property
     def index_T(self) -> Tensor:
@@ -75,6 +129,10 @@ class Documents:
     def positions_T(self) -> Tensor:
         """(T,) int64: the place of each row in its document."""
         return torch.arange(self.num_rows, device=self.device) - self.cu_seqlens[self.index_T].long()
+
+    def block_mask(self, causal: bool) -> Any:
+        """FlexAttention's BlockMask: a row sees all of its document, or, causal, itself and what comes before it."""
+        return self.causal_mask if causal else self.full_mask
 
     @cached_property
     def causal_mask(self) -> Any:

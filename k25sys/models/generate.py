@@ -4,8 +4,9 @@ Shape suffixes: A sequences still running, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +45,9 @@ def generate(
     """Samples continuations of all prompts together; their lengths may differ.
 
     The prompts are computed once, packed without padding, however many samples follow each: the samples of a prompt
-    share its cache. A sample that has ended takes no further part. media_pad is never sampled from a model with
-    vision.
+    share its cache. A sample that has ended is dropped, and with its last sample a prompt. In the attention of new
+    tokens to prompts, shorter prompts and prompts with fewer samples are padded to the most that still run.
+    media_pad is never sampled from a model with vision.
 
     Args:
         model: gradients are not recorded; training continues from it unchanged.
@@ -64,11 +66,13 @@ def generate(
         a teacher-forced forward, and equal to it up to rounding.
 
     Raises:
-        TypeError, ValueError: an argument out of range, an empty prompt, a token outside the vocabulary, more tokens
-            than positions, or media that do not fit the media_pad positions.
+        TypeError, ValueError: an argument of another type or out of range, an empty prompt, a token (of a prompt or of
+            stop_ids) outside the vocabulary, more tokens than positions, or media that do not fit the media_pad
+            positions.
     """
+    _check_sampling(max_new_tokens, temperature, top_p, num_samples)
+    stops = frozenset(_token_ids(model, "stop_ids", model.config.tokens.stop if stop_ids is None else stop_ids))
     ids = _check_prompts(model, prompts, max_new_tokens)
-    stops = _check_sampling(model, max_new_tokens, temperature, top_p, stop_ids, num_samples)
     if not ids:
         return []
     device = model.language_model.lm_head.weight.device
@@ -140,38 +144,44 @@ def _choose(logits_AV: Tensor, temperature: float, top_p: float, generator: torc
 
 
 def _check_prompts(model: KimiK25, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-    vocabulary, most = model.config.text.vocab_size, model.config.text.max_position_embeddings
-    ids = [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in prompts]
+    most = model.config.text.max_position_embeddings
+    if not isinstance(prompts, Iterable):
+        raise ArgumentTypeError(message(_OP, "prompts", repr(prompts), "a sequence of prompts"))
+    ids = [_token_ids(model, f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
     for i, prompt in enumerate(ids):
         if not prompt:
             raise ArgumentValueError(message(_OP, f"prompts[{i}]", "no tokens", "at least one token"))
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise ArgumentTypeError(message(_OP, f"prompts[{i}]", repr(token), "token ids, as ints"))
-            if not 0 <= token < vocabulary:
-                raise ArgumentValueError(message(_OP, f"prompts[{i}]", f"token {token}", f"0 to {vocabulary - 1}"))
         if len(prompt) + max_new_tokens > most:
             got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
             raise ArgumentValueError(message(_OP, f"prompts[{i}]", got, f"up to max_position_embeddings {most}"))
     return ids
 
 
-def _check_sampling(
-    model: KimiK25,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop_ids: Collection[int] | None,
-    num_samples: int,
-) -> frozenset[int]:
+def _token_ids(model: KimiK25, argument: str, ids: Any) -> list[int]:
+    """`ids` as ints; any integers will do, numpy's too."""
+    values = ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(values, Iterable):
+        raise ArgumentTypeError(message(_OP, argument, repr(values), "token ids: a list, or a 1-D tensor"))
+    vocabulary, tokens = model.config.text.vocab_size, []
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise ArgumentTypeError(message(_OP, argument, repr(token), "token ids, as ints"))
+        tokens.append(int(token))
+        if not 0 <= tokens[-1] < vocabulary:
+            raise ArgumentValueError(message(_OP, argument, f"token {token}", f"0 to {vocabulary - 1}"))
+    return tokens
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, num_samples: int) -> None:
     for name, count in (("max_new_tokens", max_new_tokens), ("num_samples", num_samples)):
-        if isinstance(count, bool) or not isinstance(count, int):
+        if isinstance(count, bool) or not isinstance(count, Integral):
             raise ArgumentTypeError(message(_OP, name, repr(count), "an int"))
         if count < 1:
             raise ArgumentValueError(message(_OP, name, count, "an int >= 1"))
+    for name, number in (("temperature", temperature), ("top_p", top_p)):
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise ArgumentTypeError(message(_OP, name, repr(number), "a number"))
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ArgumentValueError(message(_OP, "temperature", temperature, "a finite number >= 0"))
     if not 0 < top_p <= 1:
         raise ArgumentValueError(message(_OP, "top_p", top_p, "a number in (0, 1]"))
-    stops = model.config.tokens.stop if stop_ids is None else stop_ids
-    return frozenset(stops)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from k25sys.errors import ConfigError, message
+from k25sys.errors import ConfigError, listing, message
 from k25sys.models.config import TextConfig, TokenIds, VisionConfig, YarnConfig
+from k25sys.special_tokens import RELEASED_SPECIAL_IDS, RELEASED_VOCABULARY, SPECIAL_NAMES
 
 _OP = "from_hf_config"
-_RELEASED_VOCABULARY = 163840
 
 # What the architecture fixes: a config that says otherwise describes another model. Absent fields are not checked.
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
@@ -158,20 +158,35 @@ def _read_vision(config: Mapping[str, Any], vision: Mapping[str, Any], text: Tex
 
 
 def _read_tokens(config: Mapping[str, Any], text: Mapping[str, Any], vocab_size: int) -> TokenIds:
-    """The released table for the released vocabulary; for another one, the ids that the config names."""
+    """The ids under special_token_ids; without it, the released table for the released vocabulary, and for another one
+    the ids that Hugging Face's fields name."""
     media_pad = _one_of("", config, ("media_placeholder_token_id", "image_token_id"))
-    if vocab_size == _RELEASED_VOCABULARY and media_pad == TokenIds().media_pad:
-        return TokenIds()
     both = {**{name: value for name, value in text.items() if value is not None}, **config}
-    named = {
-        "bos": both.get("bos_token_id"), "pad": both.get("pad_token_id"), "media_pad": media_pad,
-        "media_begin": config.get("vision_start_token_id"), "media_end": config.get("vision_end_token_id"),
-    }  # fmt: skip
     eos = both.get("eos_token_id")
     stop = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+    table = config.get("special_token_ids")
+    if table is not None:
+        return _read_table(table, media_pad, stop)
+    if vocab_size == RELEASED_VOCABULARY and media_pad == RELEASED_SPECIAL_IDS["media_pad"]:
+        return TokenIds.released()
+    named = {
+        "bos": both.get("bos_token_id"), "pad": both.get("pad_token_id"),
+        "media_begin": config.get("vision_start_token_id"), "media_end": config.get("vision_end_token_id"),
+    }  # fmt: skip
     # transformers fills what a small vocabulary does not name with ids of the released one: they are no tokens of it.
-    inside = {
-        name: value for name, value in named.items() if value is None or value < vocab_size or name == "media_pad"
-    }
-    stop = tuple(token for token in stop if token < vocab_size)
-    return TokenIds.only(stop, **inside, eos=stop[0] if stop else None)
+    outside = range(vocab_size, RELEASED_VOCABULARY + 1)
+    inside = {name: None if value in outside else value for name, value in named.items()}
+    stop = tuple(token for token in stop if token not in outside)
+    return TokenIds.only(stop, **inside, media_pad=media_pad, eos=stop[0] if stop else None)
+
+
+def _read_table(table: Any, media_pad: Any, stop: tuple[Any, ...]) -> TokenIds:
+    if not isinstance(table, Mapping):
+        raise ConfigError(message(_OP, "special_token_ids", type(table).__name__, "a dict of names and ids"))
+    unknown = [name for name in table if name not in SPECIAL_NAMES]
+    if unknown:
+        raise ConfigError(message(_OP, "special_token_ids", listing(map(repr, unknown)), ", ".join(SPECIAL_NAMES)))
+    if table.get("media_pad") != media_pad:
+        accepted = f"{media_pad}, which the config names beside it"
+        raise ConfigError(message(_OP, "special_token_ids.media_pad", table.get("media_pad"), accepted))
+    return TokenIds.only(stop, **table)

@@ -15,6 +15,7 @@ from k25sys.models.decoder import LanguageModel
 from k25sys.models.documents import Documents
 from k25sys.models.latent_cache import LatentCache
 from k25sys.models.moonvit import MoonViT3D, PatchMergerProjector
+from k25sys.ops.checks import FLOATS
 
 
 class KimiK25(nn.Module):
@@ -47,14 +48,12 @@ class KimiK25(nn.Module):
         for module in self.modules():
             is_norm = isinstance(module, (nn.RMSNorm, nn.LayerNorm))
             for name, parameter in module.named_parameters(recurse=False):
-                if name == "bias":
+                if name.endswith("bias"):
                     parameter.zero_()
                 elif is_norm:
                     parameter.fill_(1.0)
                 else:
                     parameter.normal_(0.0, self.config.text.initializer_range, generator=generator)
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
 
     def forward(
         self,
@@ -105,6 +104,7 @@ class KimiK25(nn.Module):
             MediaCountError: the media_pad positions are not as many as the projected neighbourhoods.
             TypeError, ValueError: a wrong shape, dtype, packing or grid, or a document longer than the positions.
         """
+        self._check_dtype()
         documents = self._documents(input_ids_BS, cu_seqlens)
         self._check_max_logits(max_logits_LH)
         if media_features is None:
@@ -156,6 +156,12 @@ class KimiK25(nn.Module):
         if media_features is None:
             return x_BSD
         return x_BSD.masked_scatter(is_media_BS[..., None], media_features.to(x_BSD.dtype))
+
+    def _check_dtype(self) -> None:
+        dtype = self.language_model.model.embed_tokens.weight.dtype
+        if dtype not in FLOATS:
+            hint = "convert the model with .to(torch.bfloat16)"
+            raise DTypeError(message("KimiK25", "weights", dtype, "bfloat16, float32 or float64", hint))
 
     def _documents(self, input_ids: Tensor, cu_seqlens: Tensor | Sequence[int] | None) -> Documents:
         if not isinstance(input_ids, Tensor):

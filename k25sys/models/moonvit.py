@@ -5,6 +5,7 @@ Q neighbourhoods of C patches each.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,19 @@ from k25sys import ops
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, ShapeError, message
 from k25sys.models.attention_core import AttentionCore
 from k25sys.models.config import VisionConfig
-from k25sys.models.documents import Documents
+from k25sys.models.documents import Documents, Packing
 from k25sys.models.rope import RotaryTables, rotate_pairs, vision_tables
 
 _TIME_THETA = 10000.0
+
+
+class ClipRows(Packing, Protocol):
+    """Some of the rows of patches of each clip, where others hold the rest: whole neighbourhoods, of all frames."""
+
+    @property
+    def rows(self) -> Sequence[range]:
+        """Of each clip's frames, the rows of patches that are here."""
+        ...
 
 
 class PositionEmbedding(nn.Module):
@@ -27,18 +37,18 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.position_height, config.position_width, config.hidden_size))
 
-    def forward(self, clips: Sequence[Sequence[int]]) -> Tensor:
-        """(P, D), in float32 or wider."""
+    def forward(self, clips: Sequence[Sequence[int]], rows: Sequence[range] | None = None) -> Tensor:
+        """(P, D), in float32 or wider; of `rows` of each clip's frames where they are given."""
         dim = self.weight.shape[-1]
         grid = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)).permute(2, 0, 1)[None]
         frames = {size: self._resize(grid, size) for size in {(h, w) for _, h, w in clips}}
-        rows = [self.weight.new_empty(0, dim, dtype=grid.dtype)]
-        for t, h, w in clips:
-            frame = frames[h, w]
+        embedded = [self.weight.new_empty(0, dim, dtype=grid.dtype)]
+        for (t, h, w), part in zip(clips, rows or [range(h) for _, h, _ in clips], strict=True):
+            frame = frames[h, w][part.start * w : part.stop * w]
             # An image (t = 1) gets no row of time at all; frame 0 of a video does.
             moving = frame if t == 1 else frame + self._time_rows(t, frame)[:, None]
-            rows.append(moving.reshape(t * h * w, dim))
-        return torch.cat(rows)
+            embedded.append(moving.reshape(t * len(part) * w, dim))
+        return torch.cat(embedded)
 
     @staticmethod
     def _resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
@@ -62,12 +72,14 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(3, config.hidden_size, kernel_size=patch, stride=patch)
         self.pos_emb = PositionEmbedding(config)
 
-    def forward(self, pixel_values: Tensor, clips: Sequence[Sequence[int]]) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, clips: Sequence[Sequence[int]], rows: Sequence[range] | None = None
+    ) -> Tensor:
         """(P, 3, patch, patch) -> (P, D) in the dtype of the weights."""
         weight = self.proj.weight
         # A patch is as large as the kernel, so that the convolution is one product.
         x_PD = F.linear(pixel_values.to(weight.dtype).flatten(1), weight.flatten(1), self.proj.bias)
-        return x_PD + self.pos_emb(clips).to(x_PD.dtype)
+        return x_PD + self.pos_emb(clips, rows).to(x_PD.dtype)
 
 
 class VisionMLP(nn.Module):
@@ -97,10 +109,11 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
         self.core = AttentionCore(attention, scale=config.head_dim**-0.5, causal=False)
 
-    def forward(self, x_PD: Tensor, tables: RotaryTables, clips: Documents) -> Tensor:
+    def forward(self, x_PD: Tensor, tables: RotaryTables, clips: Packing) -> Tensor:
         """(P, D) -> (P, D)."""
         q, k, v = self.wqkv(self.norm0(x_PD)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
-        attended = self.core(rotate_pairs(q, tables), rotate_pairs(k, tables), v, clips)
+        k, v = self.core.gather((rotate_pairs(k, tables), v), clips)
+        attended = self.core(rotate_pairs(q, tables), k, v, clips)
         x_PD = x_PD + self.wo(attended.flatten(1))
         return x_PD + self.mlp(self.norm1(x_PD))
 
@@ -114,7 +127,7 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config, attention=attention) for _ in blocks)
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, x_PD: Tensor, tables: RotaryTables, clips: Documents) -> Tensor:
+    def forward(self, x_PD: Tensor, tables: RotaryTables, clips: Packing) -> Tensor:
         """(P, D) -> (P, D)."""
         for block in self.blocks:
             x_PD = block(x_PD, tables, clips)
@@ -130,26 +143,35 @@ class MoonViT3D(nn.Module):
         self.patch_embed = PatchEmbedding(config)
         self.encoder = VisionEncoder(config, attention=attention)
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor, *, part: ClipRows | None = None) -> Tensor:
         """Encodes all clips at once; patches attend within their clip only.
 
         Args:
             pixel_values: (P, 3, patch, patch), converted to the dtype of the weights.
             grid_thw: (N, 3) int32 or int64, (t, h, w) in patches of each clip; best kept on the CPU.
+            part: which rows of the clips `pixel_values` has, where others hold the rest and the cores of attention
+                gather keys and values; None: all.
 
         Returns:
-            (Q, C, D): each clip's mean over its frames, (h / 2) * (w / 2) neighbourhoods of 2 x 2 patches.
+            (Q, C, D): each clip's mean over its frames, (h / 2) * (w / 2) neighbourhoods of 2 x 2 patches; of `part`,
+            its own.
 
         Raises:
             TypeError, ValueError: a grid that does not describe the patches, or a clip of too many frames.
         """
-        grid_thw, clips = self._check(pixel_values, grid_thw)
-        packing = Documents(tuple(t * h * w for t, h, w in clips), pixel_values.device)
-        tables = vision_tables(self.config, clips, pixel_values.device)
-        x_PD = self.encoder(self.patch_embed(pixel_values, clips), tables, packing)
-        return ops.pool_temporal_patches(x_PD, grid_thw, self.config.merge_kernel_size)
+        grid_thw, clips = self._check(pixel_values, grid_thw, part)
+        rows = None if part is None else part.rows
+        if part is None:
+            packing: Packing = Documents(tuple(t * h * w for t, h, w in clips), pixel_values.device)
+        else:
+            packing = part
+            grid_thw = grid_thw.clone()
+            grid_thw[:, 1] = torch.tensor([len(there) for there in part.rows])
+        tables = vision_tables(self.config, clips, pixel_values.device, rows)
+        x_PD = self.encoder(self.patch_embed(pixel_values, clips, rows), tables, packing)
+        return ops.pool_temporal_patches(x_PD, grid_thw[grid_thw[:, 1] > 0], self.config.merge_kernel_size)
 
-    def _check(self, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[list[int]]]:
+    def _check(self, pixel_values: Tensor, grid_thw: Tensor, part: ClipRows | None) -> tuple[Tensor, list[list[int]]]:
         op, patch = "MoonViT3D", self.config.patch_size
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
@@ -167,9 +189,17 @@ class MoonViT3D(nn.Module):
             if not (1 <= t <= self.config.max_frames and h > 0 and w > 0 and h % merge_h == w % merge_w == 0):
                 accepted = f"t of 1 to {self.config.max_frames}, h a multiple of {merge_h}, w of {merge_w}"
                 raise ArgumentValueError(message(op, f"grid_thw[{i}]", (t, h, w), accepted))
-        num_patches = sum(t * h * w for t, h, w in clips)
+        rows = [range(h) for _, h, _ in clips] if part is None else part.rows
+        whole = len(rows) == len(clips) and all(
+            0 <= there.start <= there.stop <= h and there.start % merge_h == there.stop % merge_h == 0
+            for there, (_, h, _) in zip(rows, clips, strict=True)
+        )
+        if not whole:
+            accepted = f"a range of rows within each of {len(clips)} clips, from one multiple of {merge_h} to another"
+            raise ArgumentValueError(message(op, "part.rows", rows, accepted))
+        num_patches = sum(t * len(there) * w for (t, _, w), there in zip(clips, rows, strict=True))
         if num_patches != pixel_values.shape[0]:
-            accepted = f"{num_patches} patches, the sum of t * h * w over grid_thw"
+            accepted = f"{num_patches} patches, the sum of t * h * w over grid_thw" + (" in part.rows" if part else "")
             raise ShapeError(message(op, "pixel_values", f"{pixel_values.shape[0]} patches", accepted))
         return grid_thw, clips
 

@@ -68,18 +68,25 @@ def text_tables(config: TextConfig, positions_T: Tensor) -> RotaryTables:
     return angles_TF.cos() * multiplier, angles_TF.sin() * multiplier
 
 
-def vision_tables(config: VisionConfig, clips: Sequence[Sequence[int]], device: torch.device) -> RotaryTables:
+def vision_tables(
+    config: VisionConfig,
+    clips: Sequence[Sequence[int]],
+    device: torch.device,
+    rows: Sequence[range] | None = None,
+) -> RotaryTables:
     """cos and sin (P, F) for the patches of `clips` (t, h, w): pairs alternate between column and row, frames repeat.
 
     theta_i = 10000^(-4i / head_dim); the pairs of a head are x theta_0, y theta_0, x theta_1, y theta_1, ...
+    `rows`: of each clip's frames, those that are here; None: all.
     """
     steps = torch.arange(0, config.head_dim // 2, 2, dtype=torch.float32, device="cpu") / (config.head_dim // 2)
     frequencies = (1.0 / config.rope_theta**steps).to(device)
     angles = [torch.empty(0, config.head_dim // 2, device=device)]
-    for t, h, w in clips:
-        rows = (torch.arange(h, device=device).float()[:, None] * frequencies).expand(w, -1, -1).transpose(0, 1)
-        columns = (torch.arange(w, device=device).float()[:, None] * frequencies).expand(h, -1, -1)
-        angles.append(torch.stack([columns, rows], -1).view(h * w, -1).repeat(t, 1))
+    for (t, _, w), part in zip(clips, rows or [range(h) for _, h, _ in clips], strict=True):
+        y = torch.arange(part.start, part.stop, device=device).float()
+        along_y = (y[:, None] * frequencies).expand(w, -1, -1).transpose(0, 1)
+        along_x = (torch.arange(w, device=device).float()[:, None] * frequencies).expand(len(part), -1, -1)
+        angles.append(torch.stack([along_x, along_y], -1).flatten(2).flatten(0, 1).repeat(t, 1))
     angles_PF = torch.cat(angles)
     return angles_PF.cos(), angles_PF.sin()
 

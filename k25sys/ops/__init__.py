@@ -8,7 +8,7 @@ P patches, N clips, Q pooled tokens of C patches.
 from k25sys.ops import backends
 from k25sys.ops.combine import combine, reference_combine
 from k25sys.ops.dispatch import dispatch, reference_dispatch
-from k25sys.ops.experts import expert_mlp, reference_expert_mlp
+from k25sys.ops.experts import WeightGrads, expert_mlp, reference_expert_mlp
 from k25sys.ops.fp8_gemm import (
     fp8_gemm,
     fp8_grouped_gemm,
@@ -54,6 +54,7 @@ from k25sys.ops.swiglu import reference_swiglu, swiglu
 __all__ = [
     "DispatchPlan",
     "PackedExperts",
+    "WeightGrads",
     "backends",
     "clipped_log_ratio_loss",
     "combine",

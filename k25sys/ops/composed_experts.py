@@ -27,14 +27,8 @@ def backward(
 ) -> list[Tensor | None]:
     """The gradients of x, gate_up, down and the routing weights; None where not needed, or added to its main_grad."""
     k25 = torch.ops.k25
-    grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_MG = saved
-    plan = (slot_of_row, row_of_slot)
-    grad_MD = k25.dispatch.default(grad, *plan)
-    grad_act_MI = k25.grouped_gemm.default(grad_MD, down, offsets, True, None)
-    grad_MG, weighted_act_MI, grad_weights = k25.weighted_swiglu_backward.default(
-        grad_act_MI, gate_up_MG, weights, slot_of_row
-    )
-    del grad_act_MI
+    x, gate_up, offsets, plan = saved[1], saved[2], saved[5], saved[6:8]
+    grad_MD, grad_MG, weighted_act_MI, grad_weights = _swiglu_gradients(saved)
     grad_down = _weight_grad(grad_MD, weighted_act_MI, offsets, needs[2], main_grads and main_grads[1])
     del grad_MD, weighted_act_MI
     grad_gate_up = None
@@ -45,6 +39,46 @@ def backward(
     if needs[0]:
         grad_x = k25.combine.default(k25.grouped_gemm.default(grad_MG, gate_up, offsets, True, None), None, *plan)
     return [grad_x, grad_gate_up, grad_down, grad_weights if needs[3] else None]
+
+
+def backward_inputs(
+    saved: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """The gradients of x and of the routing weights, of SwiGLU's inputs (M, 2I), and its weighted outputs (M, I)."""
+    k25 = torch.ops.k25
+    gate_up, offsets, plan = saved[2], saved[5], saved[6:8]
+    _, grad_MG, weighted_act_MI, grad_weights = _swiglu_gradients(saved)
+    grad_x = None
+    if needs[0]:
+        grad_x = k25.combine.default(k25.grouped_gemm.default(grad_MG, gate_up, offsets, True, None), None, *plan)
+    return grad_x, grad_weights if needs[1] else None, grad_MG, weighted_act_MI
+
+
+def backward_weights(
+    grad: Tensor, x: Tensor, rows: tuple[Tensor, Tensor], offsets: Tensor, plan: tuple[Tensor, Tensor],
+    needs: Sequence[bool], main_grads: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of gate_up and down from `rows`, what `backward_inputs` gives last; None where not needed, or added
+    to its main_grad."""
+    k25, (grad_MG, weighted_act_MI) = torch.ops.k25, rows
+    grad_gate_up = grad_down = None
+    if needs[1]:
+        grad_down = _weight_grad(k25.dispatch.default(grad, *plan), weighted_act_MI, offsets, True, main_grads[1])
+    if needs[0]:
+        grad_gate_up = _weight_grad(grad_MG, k25.dispatch.default(x, *plan), offsets, True, main_grads[0])
+    return grad_gate_up, grad_down
+
+
+def _swiglu_gradients(saved: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows of the gradient, those of SwiGLU's inputs, its weighted outputs, and the routing weights' gradient."""
+    k25 = torch.ops.k25
+    grad, _, _, down, weights, offsets, slot_of_row, row_of_slot, gate_up_MG = saved
+    grad_MD = k25.dispatch.default(grad, slot_of_row, row_of_slot)
+    grad_act_MI = k25.grouped_gemm.default(grad_MD, down, offsets, True, None)
+    return (
+        grad_MD,
+        *k25.weighted_swiglu_backward.default(grad_act_MI, gate_up_MG, weights, slot_of_row),
+    )
 
 
 def _weight_grad(a: Tensor, b: Tensor, offsets: Tensor, needed: bool, main_grad: Tensor | None) -> Tensor | None:

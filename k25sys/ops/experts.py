@@ -1,6 +1,6 @@
 """The experts of a MoE layer as one op: gather, gate/up GEMM, SwiGLU, down GEMM, weighted combine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,16 @@ from k25sys.errors import ArgumentTypeError, ArgumentValueError, LayoutError, Sh
 from k25sys.ops import backends, checks, composed_experts, measure, native
 from k25sys.ops.combine import reference_combine
 from k25sys.ops.dispatch import reference_dispatch
-from k25sys.ops.grouped_mm import grouped_mm_expert_mlp
+from k25sys.ops.grouped_mm import WeightGrads, grouped_mm_expert_mlp
 from k25sys.ops.packed_experts import PackedExperts
 from k25sys.ops.plan_dispatch import DispatchPlan, check_plan, plan_dispatch, reference_plan_dispatch
 from k25sys.ops.quantize_fp8 import dequantize_fp8, quantize_fp8
 from k25sys.ops.swiglu import reference_swiglu
+
+ACTIVATION_STORES = {
+    "exact": (False, False), "fp8": (True, True), "fp8_x": (True, False), "fp8_gate_up": (False, True),
+}  # fmt: skip
+"""Whether E4M3 stores the tokens, and the inputs of SwiGLU."""
 
 
 def reference_expert_mlp(
@@ -47,6 +52,7 @@ def expert_mlp(
     down_main_grad: Tensor | None = None,
     backend: str | None = None,
     activation_store: str = "exact",
+    defer_weight_grads: Callable[[WeightGrads], None] | None = None,
 ) -> Tensor:
     """y_t = sum over k of weights_tk * down_e (silu(gate_e x_t) * (up_e x_t)), e = experts_tk (Kimi K2's experts).
 
@@ -65,7 +71,12 @@ def expert_mlp(
             other dtypes; see k25sys.ops.backends.
         activation_store: "exact" saves the tokens and the inputs of SwiGLU for the backward as they are; "fp8" as E4M3
             in tiles of 1 x 128, as K2.5 trains (K2, section 2.4.3): a little over half of the memory of bfloat16, and
-            gradients of the rounded values. Native backend, float32 and bfloat16.
+            gradients of the rounded values; "fp8_x" only the tokens, "fp8_gate_up" only the inputs of SwiGLU. Native
+            backend, float32 and bfloat16.
+        defer_weight_grads: gets the second half of the backward as a function, and the weights get no gradient from
+            autograd (zero-bubble schedules). Called, it returns the gradients of gate_up and down, the same bit for
+            bit, None for one that is not needed, or adds them to the main_grad buffers and returns None for both. It is
+            handed over in every backward of a call in which a weight requires a gradient. No product is computed twice.
 
     Returns:
         y_TD (T, D), differentiable (once) in x, both weights and the routing weights. On the native backend it and its
@@ -93,20 +104,28 @@ def expert_mlp(
             raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
     main_grads = _checked_main_grads(op, x_TD, gate_up_EGD, down_EDI, gate_up_main_grad, down_main_grad)
     name = backends.choose(op, backend, x_TD.device, x_TD.dtype)
-    if activation_store not in ("exact", "fp8"):
-        raise ArgumentValueError(message(op, "activation_store", repr(activation_store), "'exact' or 'fp8'"))
-    if activation_store == "fp8" and (name != "native" or x_TD.dtype == torch.float64):
-        got = f"'fp8' with {x_TD.dtype} on backend {name}"
-        raise ArgumentValueError(message(op, "activation_store", got, "'fp8' with float32 or bfloat16 on native"))
+    if activation_store not in ACTIVATION_STORES:
+        accepted = ", ".join(map(repr, ACTIVATION_STORES))
+        raise ArgumentValueError(message(op, "activation_store", repr(activation_store), accepted))
+    if activation_store != "exact" and (name != "native" or x_TD.dtype == torch.float64):
+        got = f"{activation_store!r} with {x_TD.dtype} on backend {name}"
+        accepted = f"{activation_store!r} with float32 or bfloat16 on native"
+        raise ArgumentValueError(message(op, "activation_store", got, accepted))
     if name == "torch_grouped_mm":
         if packed is not None:
             raise ArgumentValueError(message(op, "packed", "PackedExperts", "None with backend torch_grouped_mm"))
-        return grouped_mm_expert_mlp(x_TD, gate_up_EGD, down_EDI, weights_TK, plan, main_grads)
+        return grouped_mm_expert_mlp(x_TD, gate_up_EGD, down_EDI, weights_TK, plan, main_grads, defer_weight_grads)
     _check_for_cuda(op, x_TD, down_EDI)
     packs = [] if packed is None else packed.tensors(gate_up_EGD, down_EDI)
+    if defer_weight_grads is not None and native.wants_grad(x_TD, gate_up_EGD, down_EDI, weights_TK):
+        stores = list(ACTIVATION_STORES[activation_store])
+        inputs = (
+            x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK,
+        )  # fmt: skip
+        return _ExpertMlp.apply(packs, main_grads, stores, defer_weight_grads, *inputs)[0]
     return _OP(
         x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK, packs,
-        *main_grads, False, activation_store == "fp8",
+        *main_grads, False, list(ACTIVATION_STORES[activation_store]),
     )[0]  # fmt: skip
 
 
@@ -188,7 +207,7 @@ def _check_packs(op: str, packs: Sequence[Tensor], counts: tuple[int, ...], gate
 def _fake(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check("expert_mlp", x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
     rows = x.new_empty((slot_of_row.shape[0], gate_up.shape[1])) if save else x.new_empty((0,))
@@ -198,7 +217,7 @@ def _fake(
 def _kernel(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "expert_mlp"
     _check(op, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot)
@@ -254,15 +273,18 @@ def _space_for_rows(num_rows: int, x: Tensor, grad_gate_up: Tensor | None, accum
 
 
 def _run_backward(
-    saved: Sequence[Tensor], packs: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool
-) -> None:
-    """Fills `grads` (of x, gate_up, down, weights; None where not wanted)."""
+    saved: Sequence[Tensor], packs: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool,
+    rows: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Fills `grads` (of x, gate_up, down, weights; None where not wanted), and `rows`: the gradients of SwiGLU's inputs
+    (M, 2I), and its weighted outputs (M, I)."""
     _check_backward(*saved)
     _check_packs("expert_mlp_backward", packs, (0, 2), saved[2])
     grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows = (t.contiguous() for t in saved)
     num_rows, dim, width = slot_of_row.shape[0], x.shape[1], down.shape[2]
-    grad_gate_up_rows = native.empty((num_rows, 2 * width), x)
-    weighted_act_rows = native.empty((num_rows, width), x)
+    grad_gate_up_rows, weighted_act_rows = rows or (
+        native.empty((num_rows, 2 * width), x), native.empty((num_rows, width), x),
+    )  # fmt: skip
     grad_x_rows = None if grads[0] is None else _space_for_rows(num_rows, x, grads[1], accumulate)
     down_pack, gate_up_pack = packs or (None, None)
     weight_grad = grads[1] if grads[1] is not None else grads[2]
@@ -321,6 +343,35 @@ def _accumulate_kernel(
     return native.or_empty(grad_x, x), native.or_empty(grad_weights, weights)
 
 
+def _inputs_fake(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
+    row_of_slot: Tensor, gate_up_rows: Tensor, packs: list[Tensor], needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_backward(grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
+    grad_x = x.new_empty(x.shape if needs[0] else (0,))
+    grad_weights = weights.new_empty(weights.shape if needs[1] else (0,))
+    return grad_x, grad_weights, torch.empty_like(gate_up_rows), x.new_empty((len(gate_up_rows), down.shape[2]))
+
+
+def _inputs_kernel(
+    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
+    row_of_slot: Tensor, gate_up_rows: Tensor, packs: list[Tensor], needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    saved = (grad, x, gate_up, down, weights, offsets, slot_of_row, row_of_slot, gate_up_rows)
+    if hasattr(native.kernels("expert_mlp", x.device), "expert_mlp"):
+        rows = native.empty(gate_up_rows.shape, x), native.empty((len(gate_up_rows), down.shape[2]), x)
+        grads = (
+            native.empty(x.shape, x) if needs[0] else None,
+            native.empty(weights.shape, weights) if needs[1] else None,
+        )
+        _run_backward(saved, packs, (grads[0], None, None, grads[1]), False, rows)
+    else:
+        _check_backward(*saved)
+        *grads, grad_rows, act_rows = composed_experts.backward_inputs(saved, needs)
+        rows = grad_rows, act_rows
+    return native.or_empty(grads[0], x), native.or_empty(grads[1], weights), *rows
+
+
 def _stored(value: Tensor, store_fp8: bool) -> tuple[Tensor, ...]:
     """An activation as it waits for the backward."""
     return quantize_fp8(value, (1, 128)) if store_fp8 else (value,)
@@ -330,15 +381,41 @@ def _restored(stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return stored[0] if len(stored) == 1 else dequantize_fp8(stored[0], stored[1], (1, 128), dtype)
 
 
+def _first_half(
+    grad: Tensor, stored_x: Sequence[Tensor], saved: Sequence[Tensor], packs: Sequence[Tensor], needs: Sequence[bool],
+    main_grads: tuple[Tensor | None, Tensor | None], defer: Callable[[WeightGrads], None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of x and of the routing weights now; those of the weights when `defer` calls for them. Tokens wait
+    for that as they were stored."""
+    offsets, plan = saved[4], (saved[5], saved[6])
+    stored_x = tuple(value.detach() for value in stored_x)  # without the graph that made them
+    grad_x, grad_weights, grad_gate_up_rows, act_rows = _INPUTS(grad, *saved, list(packs), [needs[0], needs[3]])
+
+    def second_half() -> tuple[Tensor | None, Tensor | None]:
+        x = _restored(stored_x, grad.dtype)
+        rows = (grad_gate_up_rows, act_rows)
+        return composed_experts.backward_weights(grad.contiguous(), x, rows, offsets, plan, needs[1:3], main_grads)
+
+    if needs[1] or needs[2]:
+        defer(second_half)
+    return [grad_x, None, None, grad_weights]
+
+
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, packs: list[Tensor], main_grads: tuple[Tensor | None, Tensor | None], store_fp8: bool, *inputs: Tensor
+        ctx: Any,
+        packs: list[Tensor],
+        main_grads: tuple[Tensor | None, Tensor | None],
+        store_fp8: list[bool],
+        defer: Callable[[WeightGrads], None] | None,
+        *inputs: Tensor,
     ) -> Any:
-        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True, False)
-        stored = [*_stored(inputs[0], store_fp8), *_stored(gate_up_rows, store_fp8)]
-        ctx.num_stored, ctx.dtype = len(stored), y.dtype
-        ctx.save_for_backward(*stored, *inputs[1:], *packs[2:])
+        y, gate_up_rows = _OP.below_autograd(*inputs, packs, *main_grads, True, store_fp8)
+        stored_x, stored_rows = _stored(inputs[0], store_fp8[0]), _stored(gate_up_rows, store_fp8[1])
+        ctx.num_stored, ctx.dtype = (len(stored_x), len(stored_rows)), y.dtype
+        ctx.save_for_backward(*stored_x, *stored_rows, *inputs[1:], *packs[2:])
+        ctx.defer = defer
         ctx.main_grads = main_grads  # not saved tensors: they change between microbatches, and may
         ctx.mark_non_differentiable(gate_up_rows)
         return y, gate_up_rows
@@ -346,31 +423,34 @@ class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[3:7])
-        stored, rest = ctx.saved_tensors[: ctx.num_stored], ctx.saved_tensors[ctx.num_stored :]
-        half = ctx.num_stored // 2
-        x, gate_up_rows = _restored(stored[:half], ctx.dtype), _restored(stored[half:], ctx.dtype)
+        needs = list(ctx.needs_input_grad[4:8])
+        tensors, (count_x, count_rows) = ctx.saved_tensors, ctx.num_stored
+        stored_x, stored_rows, rest = tensors[:count_x], tensors[count_x:][:count_rows], tensors[count_x + count_rows :]
+        x, gate_up_rows = _restored(stored_x, ctx.dtype), _restored(stored_rows, ctx.dtype)
         saved, packs = (x, *rest[:6], gate_up_rows), list(rest[6:])
-        if ctx.main_grads[0] is None:
+        if ctx.defer is not None:
+            grads = _first_half(grad, stored_x, saved, packs, needs, ctx.main_grads, ctx.defer)
+            needs = [needs[0], False, False, needs[3]]
+        elif ctx.main_grads[0] is None:
             grads = list(_BACKWARD(grad, *saved, packs, needs))
         else:
             grad_x, grad_weights = _ACCUMULATE(grad, *saved, packs, *ctx.main_grads, needs)
             grads, needs = [grad_x, None, None, grad_weights], [needs[0], False, False, needs[3]]
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return None, None, None, *grads, None, None, None
+        return None, None, None, None, *grads, None, None, None
 
 
 def _autograd(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, offsets: Tensor, slot_of_row: Tensor,
     row_of_slot: Tensor, packs: list[Tensor], gate_up_main_grad: Tensor | None, down_main_grad: Tensor | None,
-    save: bool, store_fp8: bool,
+    save: bool, store_fp8: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     inputs, main_grads = (
         (x, gate_up, down, weights, offsets, slot_of_row, row_of_slot),
         (gate_up_main_grad, down_main_grad),
     )
     if native.wants_grad(x, gate_up, down, weights):
-        return _ExpertMlp.apply(packs, main_grads, store_fp8, *inputs)
+        return _ExpertMlp.apply(packs, main_grads, store_fp8, None, *inputs)
     return _OP.below_autograd(*inputs, packs, *main_grads, save, store_fp8)
 
 
@@ -380,12 +460,17 @@ _SAVED = (
 )
 _OP = native.define(
     f"expert_mlp({_SAVED}, Tensor[] packed, Tensor? gate_up_main_grad, Tensor? down_main_grad, bool save, "
-    "bool store_fp8) -> (Tensor, Tensor)",
+    "bool[] store_fp8) -> (Tensor, Tensor)",
     _kernel, _fake, _autograd,
 )  # fmt: skip
 _BACKWARD = native.define(
     f"expert_mlp_backward(Tensor grad_TD, {_SAVED}, Tensor gate_up_rows_MG, Tensor[] packed, bool[] needs) -> Tensor[]",
     _backward_kernel, _backward_fake,
+)  # fmt: skip
+_INPUTS = native.define(
+    f"expert_mlp_backward_inputs(Tensor grad_TD, {_SAVED}, Tensor gate_up_rows_MG, Tensor[] packed, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _inputs_kernel, _inputs_fake,
 )  # fmt: skip
 _ACCUMULATE = native.define(
     f"expert_mlp_backward_accumulate(Tensor grad_TD, {_SAVED}, Tensor gate_up_rows_MG, Tensor[] packed, "

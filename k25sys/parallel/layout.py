@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from k25sys.errors import GridError, message
+import torch
+from torch import Tensor
+
+from k25sys.errors import GridError, ShapeError, message
 from k25sys.parallel.grid import GridSizes, RankGrid
 
 
@@ -29,11 +32,13 @@ class ParameterLayout:
     """Of a routed expert: copies lie along "expert_data" instead of "data_context"."""
     sum_over_tensor: bool = False
     """Whole on every tensor rank, each of which sees some of the tokens (sequence parallel), or some of the heads."""
+    everywhere: bool = False
+    """Whole on every rank of the grid, pipeline stages included: the decoupled encoder's."""
 
     @property
     def replicas(self) -> str:
         """The axis along which copies lie."""
-        return "expert_data" if self.expert else "data_context"
+        return "world" if self.everywhere else "expert_data" if self.expert else "data_context"
 
     @property
     def num_matrices(self) -> int:
@@ -70,3 +75,39 @@ class ParameterLayout:
         for rank in grid.ranks("stage"):
             if self.box(grid.sizes, rank) == box:
                 yield rank
+
+
+def local_part(tensor: Tensor, layout: ParameterLayout, sizes: GridSizes, rank: int) -> Tensor:
+    """What `rank` holds of a whole parameter, as a contiguous copy with as many dimensions as the parameter has.
+
+    Args:
+        tensor: the parameter, its gradient or a state of its optimiser, on any device, meta included.
+        layout: `layout.shape` views the tensor, each of whose dimensions is a run of the layout's.
+
+    Raises:
+        ShapeError: the layout does not view this tensor.
+        GridError: an axis does not divide its dimension.
+    """
+    folded = _fold(tensor.shape, layout)
+    layout.check("local_part", sizes)
+    box = tuple(slice(first, last) for first, last in layout.box(sizes, rank))
+    local = layout.local_shape(sizes)
+    part = tensor.detach().reshape(layout.shape)[box].reshape([prod(local[dim] for dim in run) for run in folded])
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def _fold(shape: tuple[int, ...], layout: ParameterLayout) -> list[range]:
+    """The dimensions of `layout.shape` that make up each dimension of `shape`."""
+    runs: list[range] = []
+    begin = 0
+    for i, size in enumerate(shape):
+        end = begin + 1
+        while end < len(layout.shape) and (prod(layout.shape[begin:end]) < size or i == len(shape) - 1):
+            end += 1
+        runs.append(range(begin, end))
+        begin = end
+    sizes = tuple(prod(layout.shape[run.start : run.stop]) for run in runs)
+    if begin != len(layout.shape) or sizes != tuple(shape):
+        accepted = f"a shape that {layout.shape} views"
+        raise ShapeError(message("local_part", "tensor", f"shape {tuple(shape)}", accepted))
+    return runs

@@ -25,13 +25,18 @@ def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is not None:
         main_grad.add_(gradient)
-        on_gradient = getattr(parameter, "on_gradient", None)
-        if on_gradient is not None:
-            on_gradient()
+        gradient_landed(parameter)
     elif parameter.grad is None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
+
+
+def gradient_landed(parameter: Tensor) -> None:
+    """Calls `parameter.on_gradient`, where set: for whoever adds to main_grad itself."""
+    on_gradient = getattr(parameter, "on_gradient", None)
+    if on_gradient is not None:
+        on_gradient()
 
 
 class WeightGradStore:
@@ -84,17 +89,20 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.store, ctx.dtype = bias, store, x.dtype
+        # Saved, the weight is checked for changes; under saved-tensor hooks it comes back as another object, without
+        # its main_grad.
+        ctx.weight, ctx.bias, ctx.store, ctx.dtype = weight, bias, store, x.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        bias, store = ctx.bias, ctx.store
+        x, _ = ctx.saved_tensors
+        weight, bias, store = ctx.weight, ctx.bias, ctx.store
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ weight if needs_x else None
         if needs_weight or needs_bias:
+            x = x.detach()  # or it would hold the graph that made it
 
             def compute() -> None:
                 rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)

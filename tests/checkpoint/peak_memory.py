@@ -1,8 +1,8 @@
 """Peak memory of loading, saving and converting, in a process of its own: `python -m tests.checkpoint.peak_memory
-{load, save, convert} SMALL_SRC SRC DST EXPERTS`.
+{load, save, convert} SMALL_SRC SRC DST EXPERTS LAYOUT`, with the layout and experts of DST.
 
 Prints how far the resident memory, mapped files included, rose above what it was before, in bytes. SMALL_SRC, of the
-same layout, goes first: what code and libraries take once does not count.
+layout of SRC, goes first: what code and libraries take once does not count.
 """
 
 import json
@@ -24,7 +24,7 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def measure(task: str, source: Path, folder: Path, experts: str) -> int:
+def measure(task: str, source: Path, folder: Path, experts: str, layout: str) -> int:
     """Runs one task and returns the rise."""
     config = KimiK25Config.from_hf_config(json.loads((source / "config.json").read_text()))
     model = None
@@ -37,15 +37,15 @@ def measure(task: str, source: Path, folder: Path, experts: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
     if model is None:
-        convert(source, folder, layout="released", experts=experts, max_shard_bytes=SHARD_BYTES)
+        convert(source, folder, layout=layout, experts=experts, max_shard_bytes=SHARD_BYTES)
     elif task == "load":
         load_hf(model, source)
     else:
-        save_hf(model, folder, experts=experts, max_shard_bytes=SHARD_BYTES)
+        save_hf(model, folder, experts=experts, layout=layout, max_shard_bytes=SHARD_BYTES)
     return status("VmHWM") - before
 
 
 if __name__ == "__main__":
-    task, small, source, folder, experts = sys.argv[1:]
-    measure(task, Path(small), Path(folder + "-small"), experts)
-    print(measure(task, Path(source), Path(folder), experts))
+    task, small, source, folder, experts, layout = sys.argv[1:]
+    measure(task, Path(small), Path(folder + "-small"), experts, layout)
+    print(measure(task, Path(source), Path(folder), experts, layout))

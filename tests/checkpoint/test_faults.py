@@ -15,7 +15,7 @@ import pytest
 
 from k25sys.__main__ import main
 from k25sys.checkpoint import convert, load_hf, save_hf, verify_folder
-from k25sys.errors import CheckpointError
+from k25sys.errors import ArgumentValueError, CheckpointError
 from k25sys.models.kimi_k25 import KimiK25
 from tests.checkpoint.folders import INDEX, random_tensors, read_folder, small_config, write_folder
 from tests.checkpoint.peak_memory import SHARD_BYTES
@@ -79,6 +79,79 @@ def test_a_damaged_folder_is_not_loaded(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=path.name):
         convert(saved, saved.parent / "new", layout="released", experts="bf16")
     load_hf(model, saved, verify=False)  # at one's own risk
+
+
+def test_files_added_to_a_saved_folder_do_not_hinder_loading(saved: Path, run: Run) -> None:
+    """A tokenizer, a README, what git and downloads leave; `verify` still names each."""
+    added = ("tiktoken.model", ".gitattributes", "README.md", "figures/logo.svg")
+    (saved / "figures").mkdir()
+    for name in added:
+        (saved / name).write_text(name)
+    model = KimiK25(small_config())
+    load_hf(model, saved)
+    assert model.int4_origin is not None
+    new = saved.parent / "new"
+    convert(saved, new, layout="released", experts="int4")
+    for name in added:
+        assert (new / name).read_text() == name
+    assert run("verify", new)[0] == 0
+    for name in added:
+        status, _, err = run("verify", saved)
+        assert (status, f"{saved / name}: extra" in err) == (1, True)
+        (saved / name).unlink()
+    assert run("verify", saved)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00002-of-00003.safetensors"])
+def test_what_is_read_must_be_as_it_was_written(saved: Path, name: str) -> None:
+    text = (saved / name).read_bytes()
+    model = KimiK25(small_config())
+
+    def refused(error: str) -> None:
+        for read in (load_hf, lambda *_: convert(saved, saved.parent / "new", layout="released", experts="bf16")):
+            with pytest.raises(CheckpointError, match=error):
+                read(model, saved)
+
+    (saved / name).write_bytes(text + b" ")
+    refused(rf"{name}: {len(text) + 1} bytes, written were {len(text)}")
+    (saved / name).write_bytes(text[:-1] + b" ")
+    refused(f"{name}: altered")
+    (saved / name).unlink()
+    refused(f"{name}: missing")
+    (saved / name).write_bytes(text)
+    (saved / "model-00004.safetensors").write_bytes(text)
+    refused("model-00004.safetensors: extra")
+
+
+def test_other_files_may_change_but_are_not_copied_then(tmp_path: Path) -> None:
+    (tmp_path / "tiktoken.model").write_text("YQ== 0")
+    model, saved = KimiK25(small_config()), tmp_path / "saved"
+    save_hf(model, saved, others=[tmp_path / "tiktoken.model"])
+    verify_folder(saved)
+    assert (saved / "tiktoken.model").read_text() == "YQ== 0"
+    (saved / "tiktoken.model").write_text("YQ== 1")
+    load_hf(model, saved)
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model: altered"):
+        convert(saved, tmp_path / "new", layout="released", experts="bf16")
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model: altered"):
+        verify_folder(saved)
+
+
+def test_other_files_that_cannot_be_put_beside_are_refused(tmp_path: Path) -> None:
+    model = KimiK25(small_config())
+    for name in ("config.json", INDEX, "manifest.json", "model-00001-of-00001.safetensors"):
+        (tmp_path / name).touch()
+        with pytest.raises(ArgumentValueError, match=f"others: got '{name}', accepted names that differ"):
+            save_hf(model, tmp_path / "new", others=[tmp_path / name])
+    (tmp_path / "a").mkdir()
+    for path in ("a/README", "README"):
+        (tmp_path / path).touch()
+    with pytest.raises(ArgumentValueError, match="others: got 'README'"):
+        save_hf(model, tmp_path / "new", others=[tmp_path / "a" / "README", tmp_path / "README"])
+    for path in ("none", "a"):
+        with pytest.raises(CheckpointError, match=f"{tmp_path / path}: missing, or not a file"):
+            save_hf(model, tmp_path / "new", others=[tmp_path / path])
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -5000, -1])
@@ -211,28 +284,59 @@ def test_a_full_disk_leaves_nothing_behind(downloaded: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["downloaded"]
 
 
-@pytest.fixture(scope="module", params=["int4", "bf16"])
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """A small folder and one of 200 MiB, packed 60 MiB, in many shards."""
-    made = []
-    for sizes in ({}, {"hidden_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 130}):
-        config = small_config(**sizes)
-        tensors = random_tensors(config, request.param)
-        num_shards = 1 + sum(t.numel() * t.element_size() for t in tensors.values()) // SHARD_BYTES
-        made.append(write_folder(tmp_path_factory.mktemp("memory") / "source", config, tensors, num_shards))
-    return made[0], made[1], request.param
+Folders = dict[str, tuple[Path, Path]]
 
 
-@pytest.mark.parametrize("task", ["load", "save", "convert"])
-def test_memory_never_exceeds_the_model_and_a_shard(folders: tuple[Path, Path, str], task: str, tmp_path: Path) -> None:
-    small, large, experts = folders
-    words = [task, str(small), str(large), str(tmp_path / "new"), experts]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """By form, a small folder and one of 200 MiB, packed 60 MiB, in many shards; a stack of experts is 65 MiB."""
+    made: Folders = {}
+    for form in ("int4", "bf16", "transformers"):
+        pair = []
+        for sizes in ({}, {"hidden_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 130}):
+            config = small_config(**sizes)
+            folder = tmp_path_factory.mktemp("memory") / form
+            if form == "transformers":
+                released = made["bf16"][len(pair)]
+                convert(released, folder, layout=form, experts="bf16", max_shard_bytes=SHARD_BYTES)
+            else:
+                tensors = random_tensors(config, form)
+                num_shards = 1 + sum(t.numel() * t.element_size() for t in tensors.values()) // SHARD_BYTES
+                write_folder(folder, config, tensors, num_shards)
+            pair.append(folder)
+        made[form] = (pair[0], pair[1])
+    return made
+
+
+STACK_BYTES = 130 * 512 * 512 * 2
+MARGIN = 8 * 2**20  # temporaries of a matrix
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "experts", "layout", "most"),
+    [
+        ("load", "int4", "-", "-", SHARD_BYTES),  # a tensor at a time
+        ("load", "bf16", "-", "-", SHARD_BYTES),
+        ("load", "transformers", "-", "-", SHARD_BYTES),
+        ("save", "bf16", "int4", "released", SHARD_BYTES + MARGIN),
+        ("save", "bf16", "bf16", "released", SHARD_BYTES + MARGIN),
+        ("save", "bf16", "bf16", "transformers", STACK_BYTES + MARGIN),  # a stack has a shard to itself
+        ("convert", "int4", "int4", "released", SHARD_BYTES + MARGIN),
+        ("convert", "bf16", "bf16", "released", SHARD_BYTES + MARGIN),
+        ("convert", "int4", "bf16", "transformers", STACK_BYTES + MARGIN),
+        ("convert", "transformers", "bf16", "released", SHARD_BYTES + MARGIN),
+        ("convert", "transformers", "bf16", "transformers", STACK_BYTES + MARGIN),
+    ],
+)
+def test_memory_never_exceeds_the_model_and_a_shard(
+    folders: Folders, task: str, source: str, experts: str, layout: str, most: int, tmp_path: Path
+) -> None:
+    small, large = folders[source]
+    words = [task, str(small), str(large), str(tmp_path / "new"), experts, layout]
     done = subprocess.run(
         [sys.executable, "-m", "tests.checkpoint.peak_memory", *words],
         capture_output=True, text=True, timeout=120, check=True,
         # Freed memory goes back at once, as it does at real sizes, where matrices are above glibc's 32 MiB.
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "32768"},
     )  # fmt: skip
-    # Loading holds a tensor at a time, writing a shard with the temporaries of a matrix.
-    most = SHARD_BYTES if task == "load" else SHARD_BYTES + 8 * 2**20
     assert int(done.stdout) <= most, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -12,6 +12,7 @@ from k25sys.checkpoint import (
     SCALE_RULES,
     Int4Origin,
     dequantize_int4,
+    int4,
     pack_int4,
     quantize_int4,
     recover_int4,
@@ -104,6 +105,43 @@ def test_any_codes_and_scales_come_back(matrix: tuple[Tensor, Tensor], dtype: to
     origin.remember("w", weight, packed, scales)
     assert_codes(origin, weight, packed, scales)
     assert origin.codes_of("another", weight) is None
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+def test_groups_that_need_no_search_are_recovered(dtype: torch.dtype) -> None:
+    """Every mantissa of a scale, every pair of a largest code and another, at the ends of the range of scales."""
+    least, most = (-14, 11) if dtype == torch.float16 else (-100, 99)
+    mantissas = (torch.arange(128) | 0x3F80).to(torch.int16).view(torch.bfloat16)  # 1 to 2
+    pairs = torch.tensor([(m, c) for m in (7, -7, -8) for c in range(-6, 7) if c])
+    codes = torch.zeros(len(pairs), 128, 32, dtype=torch.int8)
+    codes[:, :, 3], codes[:, :, 20] = pairs[:, :1], pairs[:, 1:]
+    packed = pack_int4(codes.view(-1, 128 * 32))
+    for exponent in (least, -6, 0, most):
+        scales = (mantissas * 2.0**exponent).repeat(len(pairs), 1)
+        weight = dequantize_int4(packed, scales, dtype)
+        words, flat = packed.view(-1, 4), scales.view(-1)
+        assert int4._surely_recovered(words, flat, dtype).all()
+        found, found_scales = int4._recover_groups(weight)
+        assert torch.equal(found, codes.view(-1, 32))
+        assert torch.equal(found_scales, flat)
+
+
+def test_loading_searches_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    search = int4._recover_groups
+
+    def count(weight: Tensor) -> tuple[Tensor, Tensor]:
+        searched.append(weight.numel() // 32)
+        return search(weight)
+
+    monkeypatch.setattr(int4, "_recover_groups", count)
+    packed, scales = quantize_int4(torch.randn(512, 256))
+    Int4Origin().remember("w", dequantize_int4(packed, scales), packed, scales)
+    codes = torch.randint(-8, 8, (512, 256), generator=torch.Generator().manual_seed(0))
+    packed, scales = pack_int4(codes), torch.full((512, 8), 0.0123, dtype=torch.bfloat16)
+    Int4Origin().remember("w", dequantize_int4(packed, scales), packed, scales)
+    assert searched[0] == 0
+    assert searched[1] <= 4096 // 100  # (13 / 16) ** 32 of them have no code of 7 or 8
 
 
 def assert_codes(origin: Int4Origin, weight: Tensor, packed: Tensor, scales: Tensor) -> None:

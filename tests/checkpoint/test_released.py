@@ -1,20 +1,25 @@
 """The released layout: its exact list of tensors, and folders in and out of it without a model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Kimi_K25Config
 
-from k25sys.checkpoint import SCALE_RULES, convert, released_tensors, verify_folder
+from k25sys.checkpoint import SCALE_RULES, config_files, convert, released_tensors, save_hf, verify_folder
 from k25sys.checkpoint.config_files import config_json
 from k25sys.errors import ArgumentValueError, ConfigError
-from k25sys.models import key_maps
+from k25sys.models import KimiK25, TokenIds, key_maps
 from k25sys.models.config import KimiK25Config
 from k25sys.models.presets import preset
+from k25sys.special_tokens import SPECIAL_NAMES
 from tests.checkpoint.folders import (
+    INDEX,
     assert_same_tensors,
     random_tensors,
     read_folder,
@@ -126,9 +131,47 @@ def test_every_spelling_of_a_name_is_recognised(config: KimiK25Config, data: st.
 @given(config=configs, layout=st.sampled_from(("released", "transformers")))
 def test_config_json_says_what_the_model_is(config: KimiK25Config, layout: str) -> None:
     written = json.loads(json.dumps(config_json(config, layout, dtype=BF16, int4=False)))
-    read = KimiK25Config.from_hf_config(written)
-    assert (read.text, read.vision, read.tokens.media_pad) == (config.text, config.vision, config.tokens.media_pad)
-    assert read.tokens.stop == config.tokens.stop
+    assert KimiK25Config.from_hf_config(written) == config
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers"])
+@pytest.mark.parametrize("name", ["tiny", "small", "moonlight", "k25"])
+def test_config_json_of_every_preset_comes_back(name: str, layout: str) -> None:
+    config = preset(name)
+    written = json.loads(json.dumps(config_json(config, layout, dtype=BF16, int4=False)))
+    assert KimiK25Config.from_hf_config(written) == config
+    if layout == "transformers":
+        theirs = Kimi_K25Config(**written).to_dict()
+        assert KimiK25Config.from_hf_config(theirs) == config
+
+
+@settings(max_examples=60)
+@given(
+    base=st.sampled_from((preset("k25"), small_config())), data=st.data(), layout=st.sampled_from(config_files.LAYOUTS)
+)
+def test_any_special_tokens_come_back(base: KimiK25Config, data: st.DataObject, layout: str) -> None:
+    ids = st.integers(0, base.text.vocab_size - 1)
+    others = dict.fromkeys(set(SPECIAL_NAMES) - {"media_pad"}, st.none() | ids)
+    named = data.draw(st.fixed_dictionaries({"media_pad": ids, **others}))
+    config = replace(base, tokens=TokenIds(**named, stop=tuple(data.draw(st.lists(ids, max_size=3)))))
+    written = json.loads(json.dumps(config_json(config, layout, dtype=BF16, int4=False)))
+    assert KimiK25Config.from_hf_config(written) == config
+
+
+@pytest.mark.parametrize(
+    ("table", "error"),
+    [
+        ([1], "special_token_ids: got list, accepted a dict"),
+        ({"media_pad": 274, "think_begin": 3}, "special_token_ids: got 'think_begin', accepted bos, eos, im_end,"),
+        ({"media_pad": 3}, "special_token_ids.media_pad: got 3, accepted 274, which the config names beside it"),
+        ({"media_pad": 274, "think": 512}, "tokens.think: got 512, accepted an id below vocab_size 512"),
+        ({"media_pad": 274, "think": "275"}, "tokens.think: got 275, accepted an id below vocab_size 512"),
+    ],
+)
+def test_special_tokens_that_cannot_be_are_refused(table: Any, error: str) -> None:
+    written = config_json(preset("tiny"), "released", dtype=BF16, int4=False)
+    with pytest.raises(ConfigError, match=error):
+        KimiK25Config.from_hf_config({**written, "special_token_ids": table})
 
 
 def test_a_model_that_config_json_cannot_describe_is_refused() -> None:
@@ -156,6 +199,77 @@ def test_converting_to_the_same_layout_changes_no_bit(tmp_path: Path, experts: s
     verify_folder(tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
     assert "unchecked" in verify_folder(tmp_path / "copy")
+
+
+def test_files_beside_the_weights_go_along_and_stale_indices_do_not(tmp_path: Path) -> None:
+    config = small_config()
+    source = write_folder(tmp_path / "source", config, random_tensors(config, "bf16"))
+    kept = ("tiktoken.model", ".gitattributes", "figures/a.png", "figures/deep/b.svg")
+    left = (
+        "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "original/consolidated.00.pth",
+        "onnx/model.onnx", "other/model.safetensors", ".git/config", ".cache/huggingface/x.metadata",
+    )  # fmt: skip
+    for name in (*kept, *left):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    convert(source, tmp_path / "new", layout="transformers", experts="bf16")
+    found = {path.relative_to(tmp_path / "new").as_posix() for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    weights = {name for name in found if name.endswith(".safetensors")}
+    assert found - weights == {*kept, "config.json", "manifest.json", INDEX}
+    assert all((tmp_path / "new" / name).read_text() == name for name in kept)
+    verify_folder(tmp_path / "new")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16])
+def test_convert_writes_the_dtype_asked_for_and_config_json_says_so(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    config = small_config()
+    source = write_folder(tmp_path / "source", config, random_tensors(config, "bf16"))
+    for layout, experts in (("released", "bf16"), ("released", "int4"), ("transformers", "bf16")):
+        folder = tmp_path / f"{layout}-{experts}"
+        convert(source, folder, layout=layout, experts=experts, dtype=dtype)
+        stored = {name: tensor.dtype for name, tensor in read_folder(folder).items()}
+        whole = {name for name in stored if not name.endswith(("_packed", "_scale", "_shape", "correction_bias"))}
+        assert {stored[name] for name in whole} == {dtype or BF16}
+        assert {kind for name, kind in stored.items() if name.endswith("_scale")} <= {BF16}
+        described = json.loads((folder / "config.json").read_text())
+        word = str(dtype or BF16).removeprefix("torch.")
+        assert described["dtype"] == described["text_config"]["dtype"] == word
+        (folder / "manifest.json").unlink()
+        verify_folder(folder)  # by config.json, its dtype included
+
+
+def test_int4_of_wider_weights_has_the_released_dtypes(tmp_path: Path) -> None:
+    config = small_config()
+    model = KimiK25(config)
+    save_hf(model, tmp_path / "default", experts="int4")
+    tensors = {name: (tuple(t.shape), t.dtype) for name, t in read_folder(tmp_path / "default").items()}
+    assert tensors == released_tensors(config)
+    assert json.loads((tmp_path / "default" / "config.json").read_text())["dtype"] == "bfloat16"
+    save_hf(model, tmp_path / "wide", experts="int4", dtype=FP32)
+    assert read_folder(tmp_path / "wide")["language_model.lm_head.weight"].dtype == FP32
+    save_hf(model, tmp_path / "whole")
+    assert read_folder(tmp_path / "whole")["language_model.lm_head.weight"].dtype == FP32
+    convert(tmp_path / "whole", tmp_path / "packed", layout="released", experts="int4")
+    assert_same_tensors(read_folder(tmp_path / "packed"), read_folder(tmp_path / "default"))
+
+
+@pytest.mark.parametrize("kind", ["both", "unprefixed"])
+def test_config_json_in_the_words_of_two_layouts_is_written_anew(tmp_path: Path, kind: str) -> None:
+    """As transformers saves it again after reading the released one; or with the encoder's names unprefixed."""
+    config = small_config()
+    source = write_folder(tmp_path / "source", config, random_tensors(config, "bf16"))
+    described = json.loads((source / "config.json").read_text())
+    vision = described["vision_config"]
+    if kind == "both":
+        theirs = config_json(config, "transformers", dtype=BF16, int4=False)
+        described = {**described, **theirs, "vision_config": {**vision, **theirs["vision_config"]}}
+    else:
+        described["vision_config"] = {name.removeprefix("vt_"): value for name, value in vision.items()}
+    (source / "config.json").write_text(json.dumps(described))
+    for layout in config_files.LAYOUTS:
+        convert(source, tmp_path / layout, layout=layout, experts="bf16")
+        written = json.loads((tmp_path / layout / "config.json").read_text())
+        assert written == config_json(config, layout, dtype=BF16, int4=False)
 
 
 def test_released_to_transformers_and_back_changes_no_bit(tmp_path: Path) -> None:

@@ -68,12 +68,18 @@ def test_padding_is_minus_one_and_lies_right_and_below() -> None:
     assert not picture.any()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "HSV", "LAB", "PA"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr", "HSV", "LAB", "PA", "RGBa"])
 def test_modes_are_converted_as_pillow_does(mode: str) -> None:
     picture = noise(28, 56)
     picture = picture.convert("P").convert("PA") if mode == "PA" else picture.convert(mode)
     pixels = reassembled(*preprocess_image(picture))
     assert np.array_equal(pixels, np.asarray(picture.convert("RGB")))
+
+
+def test_grey_that_was_multiplied_with_alpha() -> None:
+    picture = noise(28, 56).convert("LA").convert("La")
+    pixels = reassembled(*preprocess_image(picture))
+    assert np.array_equal(pixels, np.asarray(picture.convert("LA").convert("RGB")))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp"])

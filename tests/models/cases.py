@@ -129,18 +129,18 @@ def model_cases(clips: int = 4, frames: int = 4, rows: int = 2) -> st.SearchStra
 
 @torch.no_grad()
 def randomize(model: KimiK25, generator: torch.Generator) -> None:
-    """Draws every parameter and the routers' biases, gains and biases of norms included."""
+    """Draws every parameter, the routers' biases, gains and biases of norms included."""
     for name, parameter in model.named_parameters():
         scale = 0.2 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
         if "experts." in name and parameter.dim() == 3:
             scale = parameter.shape[-1] ** -0.5
         if "embed" in name:
             scale = 0.7
+        if name.endswith("e_score_correction_bias"):
+            scale = 0.1
         parameter.normal_(0.0, scale, generator=generator)
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1.0)
-    for buffer in model.buffers():
-        buffer.normal_(0.0, 0.1, generator=generator)
 
 
 def to_transformers(tensors: dict[str, Tensor], num_vision_heads: int) -> dict[str, Tensor]:

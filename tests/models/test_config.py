@@ -9,6 +9,7 @@ from transformers import Kimi_K25Config
 from k25sys.errors import ConfigError
 from k25sys.models import KimiK25Config, TokenIds
 from k25sys.models.presets import preset
+from k25sys.special_tokens import SPECIAL_NAMES
 from tests.models.cases import plain_case
 
 # The released config.json, without the fields that do not describe the architecture.
@@ -119,8 +120,8 @@ def test_presets_and_their_tokens() -> None:
     with pytest.raises(ConfigError, match="got 'large', accepted tiny, small, moonlight, k25"):
         preset("large")
     tokens = preset("tiny").tokens
-    released = TokenIds()
-    by_released_id = sorted(TokenIds.names(), key=lambda name: getattr(released, name))
+    released = TokenIds.released()
+    by_released_id = sorted(SPECIAL_NAMES, key=lambda name: getattr(released, name))
     assert [getattr(tokens, name) for name in by_released_id] == list(range(256, 256 + len(by_released_id)))
     assert tokens.stop == (tokens.eos, tokens.im_end)
     assert released.stop == (released.eos, released.im_end)

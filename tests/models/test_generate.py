@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,6 +146,35 @@ def test_ended_samples_are_no_longer_computed() -> None:
     assert batches == [2] + [n for step in range(1, 12) if (n := sum(length > step for length in lengths))]
 
 
+def test_ended_samples_and_prompts_leave_the_attention() -> None:
+    """What the products of attention hold: rows of the samples that run, prompts that have one, no more padding."""
+    case = plain_case(clips=())
+    model, lengths = case.model(), (3, 30, 8)
+    held: list[tuple[int, ...]] = []
+    attend = LayerCache.attend
+
+    def record(self: LayerCache, q_AHE: Tensor, *, scale: float) -> Tensor:
+        owner = self._owner
+        held.append((*self._prompts_PLE.shape[:2], self._sampled_ASE.shape[0], owner.by_prompt(q_AHE).shape[1]))
+        return attend(self, q_AHE, scale=scale)
+
+    prompts = [[7] * length for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerCache, "attend", record)
+        samples = generate(
+            model, prompts, max_new_tokens=24, stop_ids=range(20), num_samples=4,
+            generator=torch.Generator().manual_seed(5),
+        )  # fmt: skip
+    ends = torch.tensor([len(sample.token_ids) for sample in samples]).view(3, 4)
+    expected = []
+    for step in range(1, int(ends.max())):
+        running = (ends > step).sum(1).tolist()
+        alive = [length for length, count in zip(lengths, running, strict=True) if count]
+        expected += [(len(alive), max(alive), sum(running), max(running) * case.heads)] * case.layers
+    assert held == expected
+    assert {row[0] for row in held} == {1, 2, 3}
+
+
 def test_random_choices_follow_the_generator() -> None:
     model = plain_case(clips=()).model()
 
@@ -230,12 +260,36 @@ def test_bfloat16_generates_close_to_its_own_forward() -> None:
         ({"temperature": -1.0}, ValueError, "temperature: got -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature: got nan"),
         ({"top_p": 0.0}, ValueError, "top_p: got 0.0"),
+        ({"top_p": "1"}, TypeError, "top_p: got '1', accepted a number"),
+        ({"temperature": None}, TypeError, "temperature: got None, accepted a number"),
+        ({"max_new_tokens": "4"}, TypeError, "max_new_tokens: got '4', accepted an int"),
+        ({"prompts": [1, 2]}, TypeError, r"prompts\[0\]: got 1, accepted token ids: a list"),
+        ({"prompts": 3}, TypeError, "prompts: got 3, accepted a sequence of prompts"),
+        ({"prompts": [[True]]}, TypeError, r"prompts\[0\]: got True"),
+        ({"prompts": [torch.tensor([[1, 2]])]}, TypeError, r"prompts\[0\]: got \[1, 2\], accepted token ids"),
+        ({"prompts": [torch.tensor([0.5])]}, TypeError, r"prompts\[0\]: got 0.5, accepted token ids"),
+        ({"stop_ids": 3}, TypeError, "stop_ids: got 3, accepted token ids: a list"),
+        ({"stop_ids": ["</s>"]}, TypeError, "stop_ids: got '</s>', accepted token ids"),
+        ({"stop_ids": [64]}, ValueError, "stop_ids: got token 64, accepted 0 to 63"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], kind: type[Exception], error: str) -> None:
     call: dict[str, Any] = {"prompts": [[1, 2]], "max_new_tokens": 4, **arguments}
     with pytest.raises(kind, match=error):
         generate(plain_case().model(), **call)
+
+
+def test_any_integers_are_token_ids() -> None:
+    model = plain_case(clips=()).model()
+    want = generate(model, [[1, 2, 3], [4]], max_new_tokens=5, temperature=0.0, stop_ids=(9,))
+    counts: dict[str, Any] = {"max_new_tokens": np.int64(5), "temperature": np.float32(0)}
+    forms: list[Any] = [[np.array([1, 2, 3]), np.array([4])], [torch.tensor([1, 2, 3]), (np.int32(4),)]]
+    stop_forms: list[Any] = [np.array([9]), {9}, torch.tensor([9])]
+    for prompts in forms:
+        for stops in stop_forms:
+            got = generate(model, prompts, stop_ids=stops, **counts)
+            assert got == want
+            assert {type(token) for sample in got for token in sample.token_ids} == {int}
 
 
 def test_no_prompts_give_no_samples() -> None:

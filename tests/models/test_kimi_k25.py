@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k25sys.models import KimiK25
+from k25sys.errors import DTypeError
+from k25sys.models import KimiK25, generate
 from k25sys.models.presets import preset
 from tests.models.cases import MEDIA_PAD, ModelCase, model_cases, plain_case, relative_error
 
@@ -80,7 +81,9 @@ def test_k25_has_the_released_names_shapes_and_numbers_of_parameters() -> None:
         language = {0} if dense else set(range("mlp" in pattern, 61))
         want = set(range(27)) if "blocks" in pattern else language if "layers" in pattern else set()
         assert found == want, pattern
-    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    parts = (model.language_model, model.vision_tower, model.mm_projector)
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == list(counts.values())
+    biases = [p for name, p in model.named_parameters() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 60
     assert {bias.dtype for bias in biases} == {torch.float32}
 
@@ -113,16 +116,53 @@ def test_initialisation_follows_the_generator_also_from_the_meta_device() -> Non
     assert not torch.equal(other.language_model.lm_head.weight, model.language_model.lm_head.weight)
 
 
+def router_biases(model: KimiK25) -> dict[str, torch.nn.Parameter]:
+    """By name in the state dict."""
+    return {name: p for name, p in model.named_parameters() if name.endswith("e_score_correction_bias")}
+
+
 def test_the_routers_bias_stays_float32_and_unrounded() -> None:
     model = plain_case().model()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to(torch.bfloat16)
-    assert model.language_model.lm_head.weight.dtype == torch.bfloat16
-    for name, buffer in model.named_buffers():
-        assert buffer.dtype == torch.float32
-        assert torch.equal(buffer, before[name])
-        assert not buffer.requires_grad
-    assert list(before) == [name for name in model.state_dict() if name in before]
+    before = {name: bias.clone() for name, bias in router_biases(model).items()}
+    assert len(before) == 2
+    for change in (lambda: model.to(torch.bfloat16), model.half, model.double, lambda: model.to("cpu")):
+        change()
+        for name, bias in router_biases(model).items():
+            assert bias.dtype == torch.float32
+            assert torch.equal(bias, before[name])
+            assert isinstance(bias, torch.nn.Parameter)
+            assert not bias.requires_grad
+    assert model.language_model.lm_head.weight.dtype == torch.float64
+    assert before.keys() <= model.state_dict().keys()
+
+
+@pytest.mark.parametrize("all_require", [False, True])
+def test_optimisers_pass_over_the_routers_bias(all_require: bool) -> None:
+    """Also after the model was frozen and unfrozen as a whole."""
+    case = plain_case()
+    model = case.model()
+    if all_require:
+        model.requires_grad_(True)
+    before = {name: bias.clone() for name, bias in router_biases(model).items()}
+    head = model.language_model.lm_head.weight.detach().clone()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(*case.tensors()).square().mean().backward()
+    optimiser.step()
+    assert not torch.equal(model.language_model.lm_head.weight, head)
+    for name, bias in router_biases(model).items():
+        assert bias.grad is None
+        assert torch.equal(bias, before[name])
+
+
+def test_float16_is_refused_at_the_front() -> None:
+    case = plain_case()
+    model = case.model().half()
+    ids, pixels, grid = case.tensors()
+    error = "KimiK25: weights: got torch.float16, accepted bfloat16, float32 or float64; convert the model"
+    with pytest.raises(DTypeError, match=error):
+        model(ids, pixels, grid)
+    with pytest.raises(DTypeError, match=error):
+        generate(model, [[1, 2]], max_new_tokens=2)
 
 
 @settings(max_examples=15)

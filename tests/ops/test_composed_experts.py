@@ -1,5 +1,6 @@
 """expert_mlp from grouped GEMMs, as CUDA runs it, on the CPU's kernels; tests/cuda_on_cpu runs the same on its own."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,11 +18,16 @@ SMALL = MoeCase(
 
 
 class Unfused:
-    """The CPU's kernels without the fused experts."""
+    """The CPU's kernels without the fused experts; counts the products that are asked for."""
+
+    def __init__(self) -> None:
+        self.used: Counter[str] = Counter()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("expert_mlp"):
             raise AttributeError(name)
+        if name.startswith("grouped_gemm"):
+            self.used[name] += 1
         return getattr(native._C.cpu, name)
 
 
@@ -109,6 +115,29 @@ def test_backends_on_cuda() -> None:
 
 def test_fp8_store(unfused: None) -> None:
     check_fp8_store()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_deferred_weight_gradients_cost_no_further_product(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    t = MoeCase(**{**SMALL.__dict__, "dtype": dtype}).tensors()
+    plan = ops.reference_plan_dispatch(t.experts_TK, SMALL.num_experts)
+    kernels = Unfused()
+    monkeypatch.setattr(native, "kernels", lambda op, device: kernels)
+
+    whole = t.leaves()
+    ops.expert_mlp(*whole, None, plan=plan).backward(t.grad_TD)
+    products, kernels.used = kernels.used, Counter()
+    assert products == {"grouped_gemm": 4, "grouped_gemm_weight_grads": 2}
+
+    split, handed_over = t.leaves(), []
+    ops.expert_mlp(*split, None, plan=plan, defer_weight_grads=handed_over.append).backward(t.grad_TD)
+    assert kernels.used == {"grouped_gemm": 4}
+    gradients = handed_over[0]()
+    assert kernels.used == products
+    for ours, expected in zip((split[0].grad, *gradients, split[3].grad), whole, strict=True):
+        assert ours is not None
+        assert expected.grad is not None
+        assert not first_difference(ours, expected.grad)
 
 
 def test_gradcheck(unfused: None) -> None:

@@ -1,5 +1,6 @@
 """expert_mlp against its reference in float64: all instruction sets, shapes, threads, accumulation, packs."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -140,6 +141,74 @@ def test_main_grad_is_added_to(backend: str, dtype: torch.dtype, buffer_dtype: t
         assert relative_error(buffer, start.double() + 2 * gradient.double()) <= max(tolerance(dtype), 1e-6)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch_grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("buffer_dtype", [None, torch.float32], ids=str)
+def test_deferred_weight_gradients_are_those_of_one_piece(
+    backend: str, dtype: torch.dtype, buffer_dtype: torch.dtype | None
+) -> None:
+    """Bit for bit, over two micro-batches, into .grad and into main_grad, whichever weights need one."""
+    if backend == "torch_grouped_mm" and dtype == torch.float64:
+        pytest.skip("torch's grouped_mm has no float64")
+    if buffer_dtype is not None and dtype == torch.float64:
+        buffer_dtype = dtype
+    t = MoeCase(**SMALL, dtype=dtype).tensors()
+    for needed in ((0, 1, 2, 3), (1, 2), (0, 1), (2, 3), (0, 3)):
+        results = []
+        for deferred in (False, True):
+            layer, handed_over = t.leaves(needed), []
+            buffers = [torch.ones(w.shape, dtype=buffer_dtype) for w in t.layer[1:3]] if buffer_dtype else [None, None]
+            options = {"defer_weight_grads": handed_over.append} if deferred else {}
+            for scale in (1.0, 2.0):
+                y = ops.expert_mlp(
+                    *layer, t.experts_TK, gate_up_main_grad=buffers[0], down_main_grad=buffers[1], backend=backend,
+                    **options,
+                )  # fmt: skip
+                y.backward(scale * t.grad_TD)
+                y = None
+            assert len(handed_over) == (2 if deferred and {1, 2} & set(needed) else 0)
+            if deferred and buffer_dtype is None:
+                assert layer[1].grad is None
+                assert layer[2].grad is None
+            for compute in handed_over:
+                for weight, gradient in zip(layer[1:3], compute(), strict=True):
+                    assert (gradient is None) == (buffer_dtype is not None or not weight.requires_grad)
+                    if gradient is not None:
+                        weight.grad = gradient if weight.grad is None else weight.grad + gradient
+            results.append([value.grad for value in layer] + buffers)
+        for whole, split in zip(*results, strict=True):
+            assert (whole is None) == (split is None)
+            assert whole is None or split is None or not first_difference(whole, split)
+
+
+def test_deferred_weight_gradients_keep_what_they_need_and_nothing_else() -> None:
+    """After the first half of the backward the tokens in E4M3 and rows wait; the graph does not."""
+    t = MoeCase(**{**SMALL, "dim": 128, "width": 64}, dtype=torch.bfloat16).tensors()
+    handed_over: list[ops.WeightGrads] = []
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(value: Tensor) -> int:
+        kept[id(value)] = value
+        return id(value)
+
+    layer = t.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(pack, kept.pop):
+        y = ops.expert_mlp(*layer, t.experts_TK, activation_store="fp8", defer_weight_grads=handed_over.append)
+    y.backward(t.grad_TD)
+    assert not kept
+    cells = [cell.cell_contents for cell in handed_over[0].__closure__ or ()]
+    tensors = [value for cell in cells for value in (cell if isinstance(cell, tuple) else (cell,))]
+    waiting = Counter((value.dtype, value.shape) for value in tensors if isinstance(value, Tensor))
+    assert waiting[torch.float8_e4m3fn, t.x_TD.shape] == 1
+    assert waiting[torch.bfloat16, t.x_TD.shape] == 1  # the output's gradient
+    exact = t.leaves()
+    ops.expert_mlp(*exact, t.experts_TK, activation_store="fp8").backward(t.grad_TD)
+    for weight, gradient in zip(exact[1:3], handed_over[0](), strict=True):
+        assert weight.grad is not None
+        assert gradient is not None
+        assert not first_difference(weight.grad, gradient)
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
 def test_only_the_wanted_gradients_are_made(needed: tuple[int, ...]) -> None:
     case = MoeCase(**SMALL, dtype=torch.float32)
@@ -257,6 +326,13 @@ def test_fp8_activation_store_gives_the_gradients_of_what_it_stored(dtype: torch
     for a, b in zip(rounded[1:], exact[1:], strict=True):
         assert 0 < relative_error(a, b) < 0.2
     assert rounded_bytes < 1.1 * exact_bytes / exact[0].element_size()
+    (tokens, tokens_bytes), (rows, rows_bytes) = run("fp8_x"), run("fp8_gate_up")
+    assert exact_bytes - tokens_bytes == 40 * 200 * (exact[0].element_size() - 1)  # beside the scales
+    assert tokens_bytes + rows_bytes == exact_bytes + rounded_bytes
+    for i, (from_tokens, from_rows) in enumerate(zip(tokens[1:], rows[1:], strict=True), start=1):
+        # The tokens have a part in the gradient of gate_up only, and nothing else has it there alone.
+        assert torch.equal(from_tokens, exact[i]) == (i != 2)
+        assert torch.equal(from_rows, rounded[i]) == (i != 2)
     for store, backend in (("half", None), ("fp8", "torch_grouped_mm")):
         with pytest.raises(ValueError, match="expert_mlp: activation_store: got"):
             layer(*t.layer, t.experts_TK, activation_store=store, backend=backend)

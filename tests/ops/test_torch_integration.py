@@ -55,8 +55,9 @@ def test_opcheck() -> None:
             (k25.combine_backward, (t.grad_TD, t.rows_MD, t.weights_TK, plan.slot_of_row_M)),
             (k25.swiglu, (gate_up_MG.clone().requires_grad_(),)),
             (k25.swiglu_backward, (torch.randn(14, 4).to(dtype), gate_up_MG)),
-            (k25.expert_mlp, (*layer, [], None, None, False, False)),
+            (k25.expert_mlp, (*layer, [], None, None, False, [False, False])),
             (k25.expert_mlp_backward, (*saved, [True, True, False, True])),
+            (k25.expert_mlp_backward_inputs, (*saved, [True, False])),
             (k25.expert_mlp_backward_accumulate, (*saved, *buffers, [True] * 4)),
         ):
             torch.library.opcheck(op.default, args)

@@ -5,10 +5,11 @@ Processes are forked from a server that has torch imported already, so that one 
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -27,6 +28,27 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises:
         RankError: with the traceback of every rank that raised, died, or did not end within `timeout` seconds.
     """
+    results, problems = run_failing_ranks(world_size, function, *args, timeout=timeout)
+    if problems:
+        text = "\n".join(f"--- rank {rank} of {world_size}: {problem}" for rank, problem in sorted(problems.items()))
+        raise RankError(text)
+    return [results[rank] for rank in range(world_size)]
+
+
+class RankError(AssertionError):
+    """What went wrong on which ranks."""
+
+
+DIED, RUNNING = "died without a word", "still running at the time limit"
+
+
+def run_failing_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0, stopped: Collection[int] = ()
+) -> tuple[dict[int, Any], dict[int, str]]:
+    """As `run_ranks`, for ranks of which some are to fail: results, and what went wrong, both by rank.
+
+    What went wrong is a traceback, DIED, or RUNNING. Ranks in `stopped` are not waited for, and are RUNNING.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
@@ -40,38 +62,32 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 process.start()
             for _, sender in pipes:
                 sender.close()
-            results, problems = _collect([receiver for receiver, _ in pipes], time.monotonic() + timeout)
+            receivers = {rank: receiver for rank, (receiver, _) in enumerate(pipes) if rank not in stopped}
+            results, problems = _collect(receivers, time.monotonic() + timeout)
         finally:
             for process in processes:
                 if process.is_alive():
                     process.kill()
                 process.join()
-    if problems:
-        text = "\n".join(f"--- rank {rank} of {world_size}: {problem}" for rank, problem in sorted(problems.items()))
-        raise RankError(text)
-    return [results[rank] for rank in range(world_size)]
+    return results, {**problems, **dict.fromkeys(stopped, RUNNING)}
 
 
-class RankError(AssertionError):
-    """What went wrong on which ranks."""
-
-
-def _collect(receivers: list[Connection], deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
+def _collect(receivers: dict[int, Connection], deadline: float) -> tuple[dict[int, Any], dict[int, str]]:
     results: dict[int, Any] = {}
     problems: dict[int, str] = {}
-    waiting = dict(enumerate(receivers))
+    waiting = dict(receivers)
     while waiting:
         ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            problems.update({rank: "still running at the time limit" for rank in waiting})
+            problems.update(dict.fromkeys(waiting, RUNNING))
             break
         for rank, receiver in list(waiting.items()):
             if receiver in ready:
                 try:
-                    error, value = receiver.recv()
+                    error, value = pickle.loads(receiver.recv_bytes())
                     (problems if error else results)[rank] = value
                 except EOFError:
-                    problems[rank] = "died without a word"
+                    problems[rank] = DIED
                 del waiting[rank]
     return results, problems
 
@@ -87,9 +103,10 @@ def _main(
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
     try:
-        sender.send((False, function(*args)))
+        outcome = pickle.dumps((False, function(*args)))
     except BaseException:
-        sender.send((True, traceback.format_exc()))
+        outcome = pickle.dumps((True, traceback.format_exc()))
+    sender.send_bytes(outcome)  # not send(): it would pass tensors as handles of this process, which ends now
     sender.close()
     # Leaving takes its time in c10d, and a rank that raised must not wait for the others.
     os._exit(0)

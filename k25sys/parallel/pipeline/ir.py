@@ -40,10 +40,16 @@ class Kind(Enum):
     ALL_TO_ALL = "A2A"
     """Exchange of embeddings or of their gradients between the encoder's ranks and stage 0: a collective of the ranks
     that have this action; `microbatch` is its number, `stage` is 0."""
+    DELIVER = "D"
+    """Starts the messages that carry a micro-batch's encoded media to stage 0; `stage` is 0; on every rank, waits for
+    none."""
+    RETURN = "R"
+    """Makes room for the gradients of a micro-batch's media on the ranks that encoded them; as DELIVER."""
 
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
 VISION = frozenset({Kind.VISION_FORWARD, Kind.VISION_BACKWARD})
+EXCHANGES = frozenset({Kind.DELIVER, Kind.RETURN})
 SENDS = frozenset({Kind.SEND_FORWARD, Kind.SEND_BACKWARD})
 RECEIVES = frozenset({Kind.RECV_FORWARD, Kind.RECV_BACKWARD})
 COMMUNICATION = SENDS | RECEIVES

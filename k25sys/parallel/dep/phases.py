@@ -1,0 +1,295 @@
+"""The three phases of a training step with a decoupled encoder, over all ranks (K2.5 report, section 4.5.1).
+
+(a) Each rank encodes the packs that it owns, without a graph, and keeps outputs alone. (b) The backbone runs its
+unchanged schedule; each micro-batch's rows reach stage 0 shortly before it needs them, and their gradients go back.
+(c) Each owner encodes its packs once more, with a graph, and runs the backward.
+
+All of it is actions of the pipeline's schedule: VF and VB for packs, D and R for the exchange.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from k25sys.errors import ShapeError, message
+from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, assign, make_packs
+from k25sys.parallel.dep.exchange import Routes, RowExchange
+from k25sys.parallel.dep.reduction import sum_in_order
+from k25sys.parallel.grid import RankGrid
+from k25sys.parallel.pipeline.ir import Action, Kind, Schedule
+
+_ROWS_TAG, _GRADIENTS_TAG = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupledOptions:
+    """How the encoder's work is divided and delivered."""
+
+    cost: EncoderCost
+    max_patches: int
+    """Patches in a pack: what phases (a) and (c) hold in activations."""
+    prefetch: int = 1
+    """Micro-batches whose rows arrive ahead of their use."""
+    trainable: bool = True
+    """Without, there is no phase (c), and stage 0 keeps no gradients of rows."""
+    deterministic: bool = False
+    """Sums the packs' gradients in the order of the packs, so that they do not depend on the number of ranks."""
+
+
+@dataclass
+class _Step:
+    plan: EncodingPlan
+    routes: Routes
+    load_pixels: Callable[[Clip], Tensor]
+    train: bool
+    rows: dict[Clip, Tensor] = field(default_factory=dict)
+    gradients: dict[Clip, Tensor] = field(default_factory=dict)
+    to_send: dict[Clip, int] = field(default_factory=dict)
+    """Rows of each clip that have not been handed to the exchange."""
+
+
+class DecoupledEncoder:
+    """An encoder that every rank of the grid holds, and whose work every rank shares.
+
+    A step is: `begin`, then the runtime with `schedule(...)` and `hooks()`; stage 0 asks `rows(m)` in the forward of
+    micro-batch m and gives `return_gradient(m, grad)` in its backward.
+
+    Args:
+        encoder: (pixels (P, ...), grid_thw (N, 3)) -> (Q, *row_shape), the rows of all clips in order. Its forward is
+            repeated in phase (c): it must compute the same again (no dropout).
+        grid: all of its ranks take part. A process group of its own is made: collective.
+        row_shape: of one feature row.
+        rows_of: the number of feature rows of a clip.
+        dtype: in which rows and their gradients travel.
+        options: see DecoupledOptions.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        grid: RankGrid,
+        *,
+        row_shape: tuple[int, ...],
+        rows_of: Callable[[Clip], int],
+        dtype: torch.dtype,
+        options: DecoupledOptions,
+    ) -> None:
+        self.encoder, self.grid, self.options = encoder, grid, options
+        self.row_shape, self.rows_of, self.dtype = row_shape, rows_of, dtype
+        self._group = None
+        if grid.size("world") > 1:
+            group = dist.new_group(list(grid.ranks("world")), group_desc="decoupled encoder")
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+        device = next(encoder.parameters()).device
+        self._device = device
+        self._rows, self._gradients = (
+            RowExchange(self._group, dtype, device, row_shape, tag) for tag in (_ROWS_TAG, _GRADIENTS_TAG)
+        )
+        self._step: _Step | None = None
+
+    # --- the step ---------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        clips: Iterable[Clip],
+        consumers: Callable[[int, int], Tensor],
+        load_pixels: Callable[[Clip], Tensor],
+        *,
+        train: bool = True,
+    ) -> EncodingPlan:
+        """Plans a step from metadata that every rank has.
+
+        Args:
+            clips: of the whole step, every data rank's.
+            consumers: of (data rank, micro-batch): (Q,) int64, the global rank of stage 0 that needs each feature row.
+            load_pixels: decodes a clip that this rank owns: (t * h * w, ...). Asked again in phase (c).
+            train: False for an evaluation: phase (a) alone.
+        """
+        self._assert_idle()
+        plan = assign(
+            make_packs(clips, max_patches=self.options.max_patches), self.options.cost, self.grid.size("world")
+        )
+        owners = {clip: ranks[0] for pack, ranks in zip(plan.packs, plan.owners, strict=True) for clip in pack.clips}
+        routes = Routes.make(owners, self.rows_of, consumers)
+        self._step = _Step(plan, routes, load_pixels, train and self.options.trainable)
+        return plan
+
+    def schedule(self, backbone: Schedule) -> Schedule:
+        """The backbone's schedule with the vision actions of this rank's replica around and in it.
+
+        VF of a rank's packs come first and VB last. D of micro-batch m comes `prefetch` micro-batches before a rank's
+        first forward of m, R right after its last backward of m: the same order of messages at both ends.
+        """
+        step = self._current()
+        of_stage = {self.grid.sizes.coordinate(rank, "pipeline"): rank for rank in self.grid.ranks("pipeline")}
+        actions = {place: self._around(backbone, place, of_stage[place], step) for place in sorted(backbone.actions)}
+        return Schedule(
+            name=f"{backbone.name}+dep",
+            num_microbatches=backbone.num_microbatches,
+            rank_of_stage=backbone.rank_of_stage,
+            actions=actions,
+        )
+
+    def _around(self, backbone: Schedule, place: int, rank: int, step: _Step) -> tuple[Action, ...]:
+        packs = [pack.number for pack in step.plan.packs_of(rank)]
+        before, after = _exchange_points(backbone.actions[place], self.options.prefetch)
+        middle: list[Action] = []
+        for position, action in enumerate(backbone.actions[place]):
+            middle += [Action(0, Kind.DELIVER, m) for m in before.get(position, ())]
+            middle.append(action)
+            if step.train:
+                middle += [Action(0, Kind.RETURN, m) for m in after.get(position, ())]
+        in_schedule = step.train and not self.options.deterministic
+        vision_backward = [Action(0, Kind.VISION_BACKWARD, number) for number in packs] if in_schedule else []
+        return (*(Action(0, Kind.VISION_FORWARD, number) for number in packs), *middle, *vision_backward)
+
+    def hooks(self) -> dict[Kind, Callable[[int], None]]:
+        """What the runtime calls for each kind of vision action, with the action's number."""
+        return {
+            Kind.VISION_FORWARD: self.encode,
+            Kind.DELIVER: self.deliver,
+            Kind.RETURN: self.collect,
+            Kind.VISION_BACKWARD: self.backward,
+        }
+
+    # --- phase (a) --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, number: int) -> None:
+        """Encodes a pack that this rank owns and keeps the rows."""
+        step = self._current()
+        clips = step.plan.packs[number].clips
+        for clip, rows in zip(clips, self._encode(clips), strict=True):
+            step.rows[clip] = rows.to(self.dtype)
+            step.to_send[clip] = len(rows)
+
+    def _encode(self, clips: Sequence[Clip]) -> tuple[Tensor, ...]:
+        step = self._current()
+        pixels = torch.cat([step.load_pixels(clip) for clip in clips]).to(self._device)
+        lengths = [self.rows_of(clip) for clip in clips]
+        rows = self.encoder(pixels, torch.tensor([clip.grid for clip in clips]))
+        if tuple(rows.shape) != (sum(lengths), *self.row_shape):
+            accepted = f"{(sum(lengths), *self.row_shape)} for grids {[clip.grid for clip in clips]}"
+            raise ShapeError(message("DecoupledEncoder", "encoder's output", tuple(rows.shape), accepted))
+        return rows.split(lengths)
+
+    # --- phase (b) --------------------------------------------------------------------------------------------------
+
+    def deliver(self, microbatch: int) -> None:
+        """Starts the messages that carry the rows of this micro-batch, of every data rank, to their consumers."""
+        step, rank = self._current(), self.grid.rank
+        for data_rank in range(self.grid.size("data")):
+            key = (data_rank, microbatch)
+            for _, consumer, segments in step.routes.between(key, owner=rank):
+                rows = torch.cat([step.rows[segment.clip][segment.rows_R] for segment in segments])
+                self._rows.send(key, rank, consumer, rows)
+                for segment in segments:
+                    step.to_send[segment.clip] -= len(segment.rows_R)
+                    if step.to_send[segment.clip] == 0:
+                        del step.rows[segment.clip]
+            for owner, _, segments in step.routes.between(key, consumer=rank):
+                self._rows.post(key, rank, owner, sum(len(segment.rows_R) for segment in segments))
+
+    def rows(self, microbatch: int) -> Tensor:
+        """(R, *row_shape): the rows at this rank's tokens of the micro-batch, in order. Waits for them."""
+        step, key = self._current(), (self.grid.index("data"), microbatch)
+        count = step.routes.rows_at.get((key, self.grid.rank), 0)
+        rows = torch.empty((count, *self.row_shape), dtype=self.dtype, device=self._device)
+        for owner, _, segments in step.routes.between(key, consumer=self.grid.rank):
+            received = self._rows.receive(key, owner)
+            rows[torch.cat([segment.places_R for segment in segments])] = received
+        return rows
+
+    def return_gradient(self, microbatch: int, gradient: Tensor) -> None:
+        """Starts sending the gradient of `rows(microbatch)` back to the owners."""
+        step, key = self._current(), (self.grid.index("data"), microbatch)
+        if not step.train:
+            return
+        for owner, _, segments in step.routes.between(key, consumer=self.grid.rank):
+            places = torch.cat([segment.places_R for segment in segments])
+            self._gradients.send(key, self.grid.rank, owner, gradient[places])
+
+    def collect(self, microbatch: int) -> None:
+        """Makes room for the gradients of this micro-batch's rows that this rank encoded."""
+        step, rank = self._current(), self.grid.rank
+        for data_rank in range(self.grid.size("data")):
+            key = (data_rank, microbatch)
+            for _, consumer, segments in step.routes.between(key, owner=rank):
+                self._gradients.post(key, rank, consumer, sum(len(segment.rows_R) for segment in segments))
+
+    # --- phase (c) --------------------------------------------------------------------------------------------------
+
+    def backward(self, number: int) -> None:
+        """Encodes a pack once more and adds its gradients to those of the encoder's parameters."""
+        step = self._current()
+        clips = step.plan.packs[number].clips
+        self._collect_gradients(clips)
+        with torch.enable_grad():
+            rows = torch.cat(self._encode(clips)).to(self.dtype)
+            torch.autograd.backward(rows, torch.cat([step.gradients.pop(clip) for clip in clips]))
+
+    def _collect_gradients(self, clips: Sequence[Clip]) -> None:
+        """Receives what is still missing for these clips. A message holds all of its micro-batch's clips here."""
+        step = self._current()
+        for clip in clips:
+            if clip in step.gradients:
+                continue
+            key = clip.home
+            for _, consumer, segments in step.routes.between(key, owner=self.grid.rank):
+                received = self._gradients.receive(key, consumer)
+                parts = received.split([len(segment.rows_R) for segment in segments])
+                for segment, part in zip(segments, parts, strict=True):
+                    if segment.clip not in step.gradients:
+                        shape = (self.rows_of(segment.clip), *self.row_shape)
+                        step.gradients[segment.clip] = received.new_empty(shape)
+                    step.gradients[segment.clip][segment.rows_R] = part
+
+    def finish(self) -> None:
+        """Ends the step: every message is out of this rank's hands. Collective; runs a deterministic phase (c)."""
+        step = self._current()
+        if step.train and self.options.deterministic:
+            trained = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
+            owners = [ranks[0] for ranks in step.plan.owners]
+            sum_in_order(trained, owners, self.grid.rank, self._group, self.backward)
+        self._rows.finish()
+        self._gradients.finish()
+        self._step = None
+
+    @property
+    def bytes_held(self) -> int:
+        """Rows and gradients that this rank holds, sent or received and not yet consumed included."""
+        step = self._step
+        held = [] if step is None else [*step.rows.values(), *step.gradients.values()]
+        return sum(rows.nbytes for rows in held) + self._rows.bytes_waiting + self._gradients.bytes_waiting
+
+    def _current(self) -> _Step:
+        assert self._step is not None, "begin() starts a step"
+        return self._step
+
+    def _assert_idle(self) -> None:
+        assert self._step is None, "finish() ends the step before"
+
+
+def _exchange_points(actions: Sequence[Action], prefetch: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Before which action each micro-batch's rows are delivered, and after which its gradients are collected."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for position, action in enumerate(actions):
+        if action.kind is Kind.FORWARD:
+            first.setdefault(action.microbatch, position)
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
+            last[action.microbatch] = position
+    order = sorted(first)
+    before: dict[int, list[int]] = {}
+    for place, microbatch in enumerate(order):
+        before.setdefault(first[order[max(place - prefetch, 0)]], []).append(microbatch)
+    after: dict[int, list[int]] = {}
+    latest = -1
+    for microbatch in sorted(last):  # never before an earlier micro-batch's
+        latest = max(latest, last[microbatch])
+        after.setdefault(latest, []).append(microbatch)
+    return before, after
