@@ -182,9 +182,9 @@ class _Planner:
 
     def __init__(self, request: PlanRequest) -> None:
         self.request, self.config, self.hardware = request, request.config, request.hardware
-        options: dict[str, Any] = {}
-        if request.uniform and request.schedule == "interleaved_1f1b":  # the closed forms' has no extra warm-up
-            options["extra_warmup"] = 0
+        # K2.5's warm-up lets all-to-alls run behind another micro-batch's compute; closed forms have none.
+        extra = request.schedule == "interleaved_1f1b" and not request.uniform
+        options: dict[str, Any] = {"extra_warmup": 1} if extra else {}
         self.schedule = make_schedule(
             request.schedule, num_ranks=request.pp, num_microbatches=request.microbatches, virtual_stages=request.vpp,
             **options,

@@ -42,9 +42,10 @@ def test_decoupling_keeps_what_the_report_claims() -> None:
 
 def test_memory_adds_up_and_recomputation_saves() -> None:
     kept, again = make_plan(k25(recompute="none")), make_plan(k25())
-    for one, other in zip(kept.stages, again.stages, strict=True):
-        assert one.memory.weights == other.memory.weights == 2 * (one.dense_parameters + one.expert_parameters)
-        assert other.memory.activations < one.memory.activations
+    for stage in (*kept.stages, *again.stages):
+        assert stage.memory.weights == 2 * (stage.dense_parameters + stage.expert_parameters)
+    activations = [sum(stage.memory.activations for stage in plan.stages) for plan in (kept, again)]
+    assert activations[1] < 0.4 * activations[0]
     assert kept.binds == "memory"
     # 16 GPUs of a stage hold one copy of the dense parameters each, and a sixteenth of the experts.
     total = sum(stage.dense_parameters + 16 * stage.expert_parameters for stage in again.stages)

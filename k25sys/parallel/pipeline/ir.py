@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NoReturn
 
 from k25sys.errors import ScheduleError, message
 
@@ -98,7 +99,11 @@ class Action:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The actions of every pipeline rank, in order."""
+    """The actions of every pipeline rank, in order. Whether they make sense is validator.validate's question.
+
+    Raises:
+        ScheduleError: ranks, stages or micro-batches that there are not.
+    """
 
     name: str
     num_microbatches: int
@@ -109,6 +114,21 @@ class Schedule:
     requires: Mapping[Action, tuple[Action, ...]] = field(default_factory=dict)
     """Order beyond that of the stages: what must have ended, on whichever ranks, before the action starts. E.g. the VF
     of the packs whose rows the forward of a micro-batch through stage 0 reads."""
+
+    def __post_init__(self) -> None:
+        ranks = range(len(self.actions))
+        if sorted(self.actions) != list(ranks) or not ranks:
+            self._refuse(f"actions of ranks {sorted(self.actions)}", "those of ranks 0, 1, 2, ...")
+        if not set(self.rank_of_stage) <= set(ranks) or not self.rank_of_stage:
+            self._refuse(f"stages on ranks {self.rank_of_stage}", f"one stage or more, on ranks 0 to {len(ranks) - 1}")
+        stages = {action.stage for actions in self.actions.values() for action in actions}
+        if not stages <= set(range(self.num_stages)):
+            self._refuse(f"actions of stages {sorted(stages)}", f"stages 0 to {self.num_stages - 1}")
+        if self.num_microbatches < 1:
+            self._refuse(f"{self.num_microbatches} micro-batches", "1 or more")
+
+    def _refuse(self, got: str, accepted: str) -> NoReturn:
+        raise ScheduleError(message("Schedule", self.name, got, accepted))
 
     @property
     def num_ranks(self) -> int:

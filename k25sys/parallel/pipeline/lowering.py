@@ -26,8 +26,8 @@ def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkS
     A send follows what it sends, with nothing but receives between them. A receive is posted as late as the plan lets
     it without delaying its message: so many actions before its consumer that the message travels during them, but not
     before the action during which the message is made. It is posted earlier where a sender that blocks would otherwise
-    be stuck: what comes out ends with sends and receives that block until both are reached (validator.validate), and the
-    messages of two ranks are in the same order on both.
+    be stuck: what comes out ends with sends and receives that block until both are reached (validator.validate), and
+    the messages of two ranks are in the same order on both.
 
     Args:
         costs: Of the actions, in the plan; by default a backward takes twice a forward, each of its halves a forward.
@@ -59,7 +59,7 @@ def lower(schedule: Schedule, costs: Costs | None = None, *, link_seconds: LinkS
         order: list[Action] = []
         for receives, span in zip(posted, spans, strict=True):
             send = schedule.send_of(span.action)
-            order += sorted(receives, key=lambda receive: made[receive])
+            order += receives
             order += [span.action] if send is None else [span.action, send]
         orders[rank] = tuple(order)
     return _post_for_blocked_senders(replace(schedule, actions=orders), made)

@@ -33,9 +33,9 @@ def place_layers(
         "first_extra": first_extra,
         "last_extra": last_extra,
     }
-    for name, given in named.items():
-        if not isfinite(given) or given < 0:
-            raise ScheduleError(message("place_layers", name, given, "a finite number >= 0"))
+    for name, number in named.items():
+        if not isfinite(number) or number < 0:
+            raise ScheduleError(message("place_layers", name, number, "a finite number >= 0"))
 
     sums = list(accumulate(costs, initial=0.0))
 

@@ -13,9 +13,9 @@ from k25sys.errors import ScheduleError, listing, message
 from k25sys.parallel.pipeline.ir import COMMUNICATION, RECEIVES, SENDS, Action, Kind, Schedule, dependencies
 from k25sys.parallel.pipeline.timeline import Span, Timeline, Transfer
 
-Costs = Callable[[Action], float] | Mapping[Action, float] | Mapping[Kind, float]
-"""Seconds of an action. A mapping may name sends and receives, which then keep their rank busy so long; otherwise they
-take none of its time. A callable is not asked for them."""
+Costs = Callable[[Action], float] | Mapping[Action, float] | Mapping[Kind, float] | Mapping[Action | Kind, float]
+"""Seconds of an action, in a mapping by action or else by kind. A mapping may name sends and receives, which then keep
+their rank busy so long; otherwise they take none of its time. A callable is not asked for them."""
 LinkSeconds = float | Callable[[Action, int, int], float]
 """Seconds of a message: the same for all, or of (send action, source rank, target rank)."""
 

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from k25sys.errors import ScheduleError, message
 from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, VISION, Action, Kind
@@ -22,8 +23,9 @@ _COLOURS = {
     Kind.ALL_TO_ALL: "terrible",
 }
 _TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | {Kind.ALL_TO_ALL}, "vision": VISION}
+_Event = dict[str, Any]
 _MOST_LANES = 1000
-"""Tracks of a process are numbered from a multiple of it."""
+"""The tracks of a kind are numbered from a multiple of it."""
 
 
 def write_perfetto(
@@ -48,7 +50,7 @@ def write_perfetto(
         raise ScheduleError(
             message("write_perfetto", "memory", f"{len(memories)}", f"{len(timelines)}, one a timeline")
         )
-    events: list[dict[str, object]] = []
+    events: list[_Event] = []
     first = 0
     for timeline, each in zip(timelines, memories, strict=True):
         unknown = sorted(set(each) - set(range(timeline.num_ranks)))
@@ -66,26 +68,25 @@ class _Slice:
     start: float
     end: float
     arguments: dict[str, float]
-    arrow: dict[str, object] = field(default_factory=dict)
-    """Phase and number of the flow event in it, if any."""
+    arrow: tuple[str, str] | None = None
+    """Phase and number of the flow event in it."""
 
 
-def _events(timeline: Timeline, memory: Memory, first: int) -> Iterator[dict[str, object]]:
+def _events(timeline: Timeline, memory: Memory, first: int) -> Iterator[_Event]:
     """The events of `timeline`, whose rank 0 is process `first`."""
     slices: list[list[_Slice]] = [[] for _ in timeline.spans]
     for span in timeline:
-        if span.action.kind not in COMMUNICATION:  # the transfers are these
-            slices[span.rank].append(_slice(span.action, span.start, span.end, {"busy_us": span.busy * 1e6}))
+        if span.action.kind not in COMMUNICATION:  # its messages are drawn instead
+            slices[span.rank].append(_Slice(span.action, span.start, span.end, {"busy_us": span.busy * 1e6}))
     for i, transfer in enumerate(timeline.messages):
+        send, start, end, flow = transfer.send, transfer.start, transfer.end, f"{first}.{i}"
         peers: dict[str, float] = {"source": transfer.source, "target": transfer.target}
-        leaves, comes = {"ph": "s", "id": f"{first}.{i}"}, {"ph": "f", "bp": "e", "id": f"{first}.{i}"}
-        times = transfer.start, transfer.end
-        slices[transfer.source].append(_slice(transfer.send, *times, peers, leaves))
-        slices[transfer.target].append(_slice(transfer.send.partner, *times, peers, comes))
+        slices[transfer.source].append(_Slice(send, start, end, peers, ("s", flow)))
+        slices[transfer.target].append(_Slice(send.partner, start, end, peers, ("f", flow)))
     for rank, mine in enumerate(slices):
         pid = first + rank
-        yield _name(pid, 0, "process_name", f"{timeline.name} rank {rank}")
-        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}
+        yield _named("process_name", f"{timeline.name} rank {rank}", pid)
+        yield {"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}}
         for number, (track, kinds) in enumerate(_TRACKS.items()):
             yield from _track([each for each in mine if each.action.kind in kinds], pid, number * _MOST_LANES, track)
         for name, amounts in (("micro-batches in flight", timeline.memory(rank)), ("bytes held", memory.get(rank, ()))):
@@ -93,37 +94,29 @@ def _events(timeline: Timeline, memory: Memory, first: int) -> Iterator[dict[str
                 yield {"ph": "C", "name": name, "pid": pid, "ts": seconds * 1e6, "args": {"value": amount}}
 
 
-def _slice(
-    action: Action, start: float, end: float, arguments: dict[str, float], arrow: Mapping[str, object] | None = None
-) -> _Slice:
-    """A slice of a nanosecond at least: an arrow ends in nothing shorter."""
-    return _Slice(action, start, max(end, start + 1e-9), arguments, dict(arrow or {}))
-
-
-def _track(slices: list[_Slice], pid: int, first_tid: int, name: str) -> Iterator[dict[str, object]]:
+def _track(slices: list[_Slice], pid: int, first_tid: int, name: str) -> Iterator[_Event]:
     """The slices of one track, in as many lanes as overlap: those that overlap in one lane would be shown as nested."""
     ends: list[float] = []
     for each in sorted(slices, key=lambda each: each.start):
-        lane = next((lane for lane, end in enumerate(ends) if end <= each.start), len(ends))
-        ends[lane : lane + 1] = [each.end]
-        action, tid = each.action, first_tid + lane
-        arguments = {"stage": action.stage, "micro-batch": action.microbatch} | each.arguments
-        place = {"name": str(action), "cat": action.kind.name, "pid": pid, "tid": tid}
-        times = {"ts": each.start * 1e6, "dur": (each.end - each.start) * 1e6}
+        end = max(each.end, each.start + 1e-9)  # arrows are drawn to nothing shorter than a nanosecond
+        lane = next((lane for lane, before in enumerate(ends) if before <= each.start), len(ends))
+        ends[lane : lane + 1] = [end]
+        action = each.action
+        place = {"pid": pid, "tid": first_tid + lane}
+        about = {"name": str(action), "cat": action.kind.name, "ts": each.start * 1e6, "dur": (end - each.start) * 1e6}
         colour = {"cname": _COLOURS[action.kind]} if action.kind in _COLOURS else {}
-        yield place | times | colour | {"ph": "X", "args": arguments}
-        if each.arrow:
-            yield place | each.arrow | {"name": "message", "cat": "message", "ts": (each.start + each.end) / 2 * 1e6}
+        arguments = {"stage": action.stage, "micro-batch": action.microbatch} | each.arguments
+        yield {"ph": "X", "args": arguments} | about | place | colour
+        if each.arrow is not None:
+            phase, flow = each.arrow
+            ends_here = {"bp": "e"} if phase == "f" else {}
+            time = {"ts": (each.start + end) / 2 * 1e6}
+            yield {"ph": phase, "id": flow, "name": "message", "cat": "message"} | time | place | ends_here
     for lane in range(len(ends)):
-        yield _name(pid, first_tid + lane, "thread_name", f"{name} {lane + 1}" if lane else name)
-        yield {
-            "ph": "M",
-            "name": "thread_sort_index",
-            "pid": pid,
-            "tid": first_tid + lane,
-            "args": {"sort_index": first_tid + lane},
-        }
+        tid = first_tid + lane
+        yield _named("thread_name", f"{name} {lane + 1}" if lane else name, pid) | {"tid": tid}
+        yield {"ph": "M", "name": "thread_sort_index", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
 
 
-def _name(pid: int, tid: int, what: str, name: str) -> dict[str, object]:
-    return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}
+def _named(what: str, name: str, pid: int) -> _Event:
+    return {"ph": "M", "name": what, "pid": pid, "args": {"name": name}}

@@ -33,7 +33,9 @@ def validate(
     """
     if sends not in ("rendezvous", "buffered"):
         raise ScheduleError(message("validate", "sends", repr(sends), "rendezvous, buffered"))
-    _check_ranks(schedule)
+    if len(set(schedule.rank_of_stage)) != schedule.num_ranks:
+        accepted = f"one stage or more on each of ranks 0 to {schedule.num_ranks - 1}"
+        _refuse(schedule, f"stages on ranks {schedule.rank_of_stage}", accepted)
     _check_once(schedule)
     _check_order(schedule)
     _check_progress(schedule, "buffered")
@@ -56,16 +58,6 @@ def peak_in_flight(schedule: Schedule) -> tuple[int, ...]:
 
 def _refuse(schedule: Schedule, got: str, accepted: str, hint: str = "") -> NoReturn:
     raise ScheduleError(message("validate", schedule.name, got, accepted, hint))
-
-
-def _check_ranks(schedule: Schedule) -> None:
-    ranks, stages = list(range(schedule.num_ranks)), schedule.rank_of_stage
-    if sorted(schedule.actions) != ranks or not ranks:
-        _refuse(schedule, f"actions of ranks {sorted(schedule.actions)}", "ranks 0, 1, 2, ...")
-    if sorted(set(stages)) != ranks:
-        _refuse(schedule, f"stages on ranks {stages}", f"one stage or more on each of ranks 0 to {len(ranks) - 1}")
-    if schedule.num_microbatches < 1:
-        _refuse(schedule, f"{schedule.num_microbatches} micro-batches", "1 or more")
 
 
 def _check_once(schedule: Schedule) -> None:

@@ -138,6 +138,14 @@ def test_peaks_in_flight_are_those_of_the_order() -> None:
         assert simulate(lower(schedule), COSTS).peak_in_flight == peak_in_flight(schedule)
 
 
+def test_memory_is_held_from_the_start_of_what_allocates_to_the_end_of_what_frees() -> None:
+    timeline = simulate(make_schedule("zb_h1", num_ranks=1, num_microbatches=2), COSTS)
+    assert timeline.memory(0) == [(0.0, 1.0), (3.0, 0.0), (3.0, 1.0), (6.0, 0.0)]
+    sizes = {Kind.FORWARD: 8.0, Kind.BACKWARD_INPUT: -5.0, Kind.BACKWARD_WEIGHT: -3.0}
+    amounts = timeline.memory(0, lambda action: sizes[action.kind])
+    assert amounts == [(0.0, 8.0), (2.0, 3.0), (3.0, 0.0), (3.0, 8.0), (5.0, 3.0), (6.0, 0.0)]
+
+
 def test_links_have_latency_and_bandwidth_and_transfers_overlap_compute() -> None:
     """Rank 0 sends two micro-batches of 1 and of 4 MB at 2 MB/s with 0.25 s latency while it goes on computing."""
     schedule = make_schedule("gpipe", num_ranks=2, num_microbatches=2)

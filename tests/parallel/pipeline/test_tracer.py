@@ -17,8 +17,8 @@ from k25sys.parallel.pipeline.tracer import write_perfetto
 from tests.parallel.pipeline.sizes import COSTS, all_schedules
 
 
-def _trace(folder: Path, *args: Any, **options: Any) -> list[dict[str, Any]]:
-    write_perfetto(*args, folder / "trace.json", **options)
+def _trace(folder: Path, timelines: Timeline | list[Timeline], **options: Any) -> list[dict[str, Any]]:
+    write_perfetto(timelines, folder / "trace.json", **options)
     trace = json.loads((folder / "trace.json").read_text(), parse_constant=pytest.fail)
     assert trace["displayTimeUnit"] == "ms"
     return trace["traceEvents"]
@@ -33,7 +33,7 @@ def _check(events: list[dict[str, Any]]) -> None:
             assert event["dur"] > 0
             tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
         elif event["ph"] == "M":
-            names.add((event["pid"], event["tid"], event["name"]))
+            names.add((event["pid"], event.get("tid"), event["name"]))
         elif event["ph"] in "sf":
             arrows[event["id"]].append(event)
         else:
@@ -41,7 +41,7 @@ def _check(events: list[dict[str, Any]]) -> None:
             assert isinstance(event["args"]["value"], (int, float))
     for (pid, tid), slices in tracks.items():
         assert (pid, tid, "thread_name") in names
-        assert (pid, 0, "process_name") in names
+        assert (pid, None, "process_name") in names
         for (_, end), (start, _) in pairwise(sorted(slices)):
             assert end <= start * (1 + 1e-12) + 1e-6
     for pair in arrows.values():

@@ -132,11 +132,12 @@ TWO = make_schedule("1f1b", num_ranks=2, num_microbatches=2)
             "a deadlock: rank 0 in 0B0 waits for 1B0 of rank 1; rank ",
         ),
         ({"r0": "0F0 0F1 0B0 0B1 0VB0"}, "0VB0 without 0VF0"),
+        ({"r0": "0VB0 0VF0 0F0 0F1 0B0 0B1"}, "got 0VB0 before 0VF0 on rank 0, accepted 0VF0 first: 0VB0 needs it"),
         ({"r0": "0VF0 0F0 0F1 0B0 0B1", "r1": "0VF0 1F0 1B0 1F1 1B1"}, "0VF0 on 2 ranks"),
         ({"r0": "1VF0 0F0 0F1 0B0 0B1"}, "1VF0 of a stage other than 0"),
-        ({"r0": "0F0 0F1 2A2A0 0B0 0B1"}, "2A2A0 of a stage other than 0"),
+        ({"r0": "0F0 0F1 1A2A0 0B0 0B1"}, "1A2A0 of a stage other than 0"),
         ({"r0": "0A2A0 0A2A1 0F0 0F1 0B0 0B1", "r1": "0A2A1 0A2A0 1F0 1B0 1F1 1B1"}, "waits for rank 1 to reach 0A2A0"),
-        ({"r2": "2F0"}, "got stages on ranks (0, 1), accepted one stage or more on each of ranks 0 to 2"),
+        ({"r2": ""}, "got stages on ranks (0, 1), accepted one stage or more on each of ranks 0 to 2"),
     ],
 )
 def test_the_error_names_the_actions(rows: dict[str, str], text: str) -> None:
@@ -146,10 +147,16 @@ def test_the_error_names_the_actions(rows: dict[str, str], text: str) -> None:
 
 
 def test_sizes_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ScheduleError, match=r"actions of ranks \[1, 2\], accepted ranks 0, 1, 2"):
-        validate(replace(TWO, actions={rank + 1: actions for rank, actions in TWO.actions.items()}))
-    with pytest.raises(ScheduleError, match="0 micro-batches, accepted 1 or more"):
-        validate(replace(TWO, num_microbatches=0))
+    with pytest.raises(
+        ScheduleError, match=r"Schedule: 1f1b: got actions of ranks \[1, 2\], accepted those of ranks 0"
+    ):
+        replace(TWO, actions={rank + 1: actions for rank, actions in TWO.actions.items()})
+    with pytest.raises(ScheduleError, match="got 0 micro-batches, accepted 1 or more"):
+        replace(TWO, num_microbatches=0)
+    with pytest.raises(ScheduleError, match=r"stages on ranks \(0, 2\), accepted one stage or more, on ranks 0 to 1"):
+        replace(TWO, rank_of_stage=(0, 2))
+    with pytest.raises(ScheduleError, match=r"got actions of stages \[0, 1, 2\], accepted stages 0 to 1"):
+        _edited(TWO, r0="2F0 0F0")
     with pytest.raises(ScheduleError, match="0F2 missing on rank 0"):
         validate(replace(TWO, num_microbatches=3))
     with pytest.raises(ScheduleError, match="sends: got 'eager', accepted rendezvous, buffered"):

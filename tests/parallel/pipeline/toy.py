@@ -94,6 +94,7 @@ class ToyStage(nn.Module):
             x = microbatch.x_TD if microbatch.extra_TD is None else microbatch.x_TD + microbatch.extra_TD
         for layer in self.layers.values():
             x = layer(x)
+        assert x is not None
         return ((x - microbatch.target_TD) ** 2).sum() / microbatch.normalizer if self.last else x
 
 
