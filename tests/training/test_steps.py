@@ -81,9 +81,8 @@ def media_of(batches: list[list[MicroBatch]], grid: RankGrid) -> StepMedia:
 
 def _check(cases: list[GridCase], dtype: torch.dtype, vision: str) -> dict[str, float]:
     torch.set_num_threads(1)
-    # In float32 AdamW divides gradients by their own size, and Newton-Schulz raises small singular values: both make
-    # much of roundings. float64 is what proves the steps equal.
-    bound = {torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    # Not in float32: AdamW divides gradients by their own size, and those of the keys' biases are nothing but rounding.
+    bound = 1e-12
     worst = {}
     for case in cases:
         layers = max(4, case.sizes.pipeline * case.virtual_stages)
@@ -131,11 +130,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.nightly), torch.float64], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("vision", ["stage0", "dep"])
-def test_three_steps_are_those_of_one_process(world_size: int, dtype: torch.dtype, vision: str) -> None:
-    worst = run_ranks(world_size, _check, CASES[world_size], dtype, vision, timeout=280)
+def test_three_steps_are_those_of_one_process(world_size: int, vision: str) -> None:
+    worst = run_ranks(world_size, _check, CASES[world_size], torch.float64, vision, timeout=280)
     print({key: f"{max(each[key] for each in worst):.1e}" for key in worst[0]})
 
 
