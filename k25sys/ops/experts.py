@@ -88,20 +88,7 @@ def expert_mlp(
     """
     op = "expert_mlp"
     _check_tokens_and_weights(op, x_TD, gate_up_EGD, down_EDI, weights_TK)
-    num_experts, top_k = gate_up_EGD.shape[0], weights_TK.shape[1]
-    if experts_TK is not None:
-        hint = "T and K are those of weights_TK"
-        checks.tensor(op, "experts_TK", experts_TK, (torch.int32, torch.int64), weights_TK.shape, "TK", hint)
-        checks.same_device(op, "x_TD", x_TD, {"experts_TK": experts_TK})
-    if plan is not None:
-        check_plan(op, plan)
-    elif experts_TK is not None:
-        plan = _plan(op, experts_TK, num_experts)
-    else:
-        raise ArgumentTypeError(message(op, "experts_TK", None, "a torch.Tensor, or None beside a plan"))
-    for name, want, got in (("num_experts", num_experts, plan.num_experts), ("top_k", top_k, plan.top_k)):
-        if want != got:
-            raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
+    plan = _plan_of(op, x_TD, weights_TK, experts_TK, plan, gate_up_EGD.shape[0])
     main_grads = _checked_main_grads(op, x_TD, gate_up_EGD, down_EDI, gate_up_main_grad, down_main_grad)
     name = backends.choose(op, backend, x_TD.device, x_TD.dtype)
     if activation_store not in ACTIVATION_STORES:
@@ -127,6 +114,26 @@ def expert_mlp(
         x_TD, gate_up_EGD, down_EDI, weights_TK, plan.offsets, plan.slot_of_row_M, plan.row_of_slot_TK, packs,
         *main_grads, False, list(ACTIVATION_STORES[activation_store]),
     )[0]  # fmt: skip
+
+
+def _plan_of(
+    op: str, x: Tensor, weights: Tensor, experts: Tensor | None, plan: DispatchPlan | None, num_experts: int
+) -> DispatchPlan:
+    """The caller's plan, or that of its experts; checked against the other arguments."""
+    if experts is not None:
+        hint = "T and K are those of weights_TK"
+        checks.tensor(op, "experts_TK", experts, (torch.int32, torch.int64), weights.shape, "TK", hint)
+        checks.same_device(op, "x_TD", x, {"experts_TK": experts})
+    if plan is not None:
+        check_plan(op, plan)
+    elif experts is not None:
+        plan = _plan(op, experts, num_experts)
+    else:
+        raise ArgumentTypeError(message(op, "experts_TK", None, "a torch.Tensor, or None beside a plan"))
+    for name, want, got in (("num_experts", num_experts, plan.num_experts), ("top_k", weights.shape[1], plan.top_k)):
+        if want != got:
+            raise ShapeError(message(op, f"plan.{name}", got, str(want), "make the plan from these experts_TK"))
+    return plan
 
 
 def _plan(op: str, experts: Tensor, num_experts: int) -> DispatchPlan:

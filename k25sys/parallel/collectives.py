@@ -75,7 +75,7 @@ def rows_per_rank(op: str, num_rows: int, group: Group) -> int:
 
 
 def own_rows(op: str, rows_TX: Tensor, group: Group) -> Tensor:
-    """This rank's N of T rows, as a view; no gradient is gathered (see `scatter_rows`)."""
+    """This rank's N of T rows, as a view."""
     if group is None:
         return rows_TX
     part = rows_per_rank(op, rows_TX.shape[0], group)
@@ -101,26 +101,9 @@ def reduce_scatter_rows(rows_TX: Tensor, group: Group) -> Tensor:
     return rows_TX if group is None else _ReduceScatter.apply(rows_TX, group)
 
 
-def scatter_rows(rows_TX: Tensor, group: Group) -> Tensor:
-    """(T, ...), the same on every rank -> this rank's (N, ...). The backward gathers, so that every rank has the whole
-    gradient again."""
-    return rows_TX if group is None else _Scatter.apply(rows_TX, group)
-
-
 def all_reduce(summand: Tensor, group: Group) -> Tensor:
     """The sum over the ranks, on each; what follows is the same on every rank, so that the gradient passes as it is."""
     return summand if group is None else _AllReduce.apply(summand, group)
-
-
-def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """x, the same on every rank, for a computation of which each rank does a part: the backward sums the gradients."""
-    return x if group is None else _Copy.apply(x, group)
-
-
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
 
 
 class _Gather(torch.autograd.Function):
@@ -149,36 +132,14 @@ class _ReduceScatter(torch.autograd.Function):
         return start_gather(grad, ctx.group).wait(), None
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return own_rows("scatter_rows", rows, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return start_gather(grad, ctx.group).wait(), None
-
-
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, summand: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _summed(summand, group)
+        total = summand.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None
-
-
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _summed(grad, ctx.group), None

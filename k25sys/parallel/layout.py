@@ -40,11 +40,6 @@ class ParameterLayout:
         """The axis along which copies lie."""
         return "world" if self.everywhere else "expert_data" if self.expert else "data_context"
 
-    @property
-    def num_matrices(self) -> int:
-        """Matrices in the whole parameter."""
-        return prod(self.shape[:-2])
-
     def check(self, name: str, sizes: GridSizes) -> None:
         """Raises GridError where an axis does not divide its dimension."""
         for dim, axis in self.splits:

@@ -102,7 +102,7 @@ class ColumnParallelLinear(_Linear):
         grid: splits I over "tensor".
         store: of the weight gradients.
         gather_input: True: the input is this rank's N tokens, and so is its gradient. False: the input is all T tokens
-            already, and its gradient the summand of this rank's outputs: `gather_rows` or `copy_to_group` before
+            already, and its gradient the summand of this rank's outputs: `gather_rows` before
             this layer sums it.
         unit: outputs that stay together: the channels of an attention head.
 

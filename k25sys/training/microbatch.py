@@ -16,7 +16,7 @@ class MediaSource(Protocol):
         """(R, D): the rows at this rank's media_pad positions, in order; waits for them."""
         ...
 
-    def return_gradient(self, gradient_RD: Tensor) -> None:
+    def return_gradient(self, gradient: Tensor) -> None:
         """Takes the gradient of what `rows` gave, in its dtype."""
         ...
 

@@ -80,27 +80,20 @@ def media_consumers(batch: MicroBatch, media_pad: int, grid: RankGrid, first_ran
     return owner_T[batch.input_ids_T == media_pad]
 
 
-class EncoderInPlace(nn.Module):
-    """The encoder and projector inside stage 0, pack by pack: the same products as under DEP, bit for bit."""
+def encode_in_packs(
+    encode: Callable[[Tensor, Tensor], Tensor], pixel_values: Tensor, grid_thw: Tensor, max_patches: int
+) -> Tensor:
+    """The clips of a micro-batch as embeddings (Q, D), in the packs of a decoupled encoder: the same products.
 
-    def __init__(self, vision_tower: nn.Module, mm_projector: nn.Module, max_patches: int) -> None:
-        super().__init__()
-        self.vision_tower, self.mm_projector, self.max_patches = vision_tower, mm_projector, max_patches
-
-    def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """(P, 3, patch, patch) of clips of one pack -> (Q, D)."""
-        return self.mm_projector(self.vision_tower(pixel_values, grid_thw))
-
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """(P, 3, patch, patch) of all clips of a micro-batch -> (Q, D)."""
-        grids = [(int(t), int(h), int(w)) for t, h, w in grid_thw.tolist()]
-        packs = make_packs([Clip(0, 0, index, grid) for index, grid in enumerate(grids)], max_patches=self.max_patches)
-        parts = pixel_values.split([pack.num_patches for pack in packs])
-        encoded = [
-            self.encode(part, torch.tensor([clip.grid for clip in pack.clips]))
-            for part, pack in zip(parts, packs, strict=True)
-        ]
-        return torch.cat(encoded)
+    Args:
+        encode: (P, 3, patch, patch) and grids of one pack -> its rows.
+        pixel_values, grid_thw: of all clips.
+    """
+    clips = [Clip(0, 0, index, (int(t), int(h), int(w))) for index, (t, h, w) in enumerate(grid_thw.tolist())]
+    packs = make_packs(clips, max_patches=max_patches)
+    parts = pixel_values.split([pack.num_patches for pack in packs])
+    grids = [torch.tensor([clip.grid for clip in pack.clips]) for pack in packs]
+    return torch.cat([encode(part, grid) for part, grid in zip(parts, grids, strict=True)])
 
 
 class Stage(nn.Module):
@@ -112,7 +105,7 @@ class Stage(nn.Module):
     Args:
         model: KimiK25 with the parts of this stage alone, parallel where they are split.
         first, last: whether it embeds tokens; whether it computes the loss.
-        encoder: the encoder of stage 0, where it runs in place.
+        max_patches: in a pack of the encoder, where it lies in this stage.
         saving: entered around each forward: what a memory plan saves.
     """
 
@@ -135,9 +128,7 @@ class Stage(nn.Module):
         self.layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
         heads = config.text.num_attention_heads // grid.size("tensor")
         self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"))
-        self.encoder = None
-        if first and hasattr(model, "vision_tower"):
-            self.encoder = [EncoderInPlace(model.vision_tower, model.mm_projector, max_patches)]
+        self.max_patches = max_patches
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
@@ -184,14 +175,19 @@ class Stage(nn.Module):
         return splice(x_TD, index_R, features_QD[place_T[local.own_T][index_R]])
 
     def _features(self, batch: MicroBatch, num_positions: int) -> Tensor:
-        if self.encoder is None or batch.pixel_values is None or batch.grid_thw is None:
+        if not hasattr(self.model, "vision_tower") or batch.pixel_values is None or batch.grid_thw is None:
             got = f"{num_positions} positions of media_pad without pixels"
             raise MediaCountError(message("Stage", "input_ids_T", got, "pixels and an encoder, or encoded media"))
-        features_QD = self.encoder[0](batch.pixel_values, batch.grid_thw)
+        features_QD = encode_in_packs(self._encode, batch.pixel_values, batch.grid_thw, self.max_patches)
         if len(features_QD) != num_positions:
             got = f"{num_positions} positions of media_pad"
             accepted = f"{len(features_QD)}, the rows that the media encode to"
             raise MediaCountError(message("Stage", "input_ids_T", got, accepted))
+        return features_QD
+
+    def _encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        features_QD = self.model.encode_media(pixel_values, grid_thw)
+        assert features_QD is not None
         return features_QD
 
     def _loss(self, batch: MicroBatch, local: LocalTokens, x_TD: Tensor) -> Tensor:

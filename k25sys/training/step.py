@@ -41,18 +41,6 @@ class StepOutcome:
     """By QK-Clip, of this rank's layers and heads."""
 
 
-@dataclass(frozen=True)
-class _DecoupledSource:
-    encoder: DecoupledEncoder
-    number: int
-
-    def rows(self) -> Tensor:
-        return self.encoder.rows(self.number)
-
-    def return_gradient(self, gradient_RD: Tensor) -> None:
-        self.encoder.return_gradient(self.number, gradient_RD)
-
-
 class TrainStep:
     """Steps of one model.
 
@@ -92,7 +80,7 @@ class TrainStep:
             assert media is not None, "a decoupled encoder needs the step's media"
             self.decoupled.begin(media.clips, media.consumers, media.load_pixels)
             fed = [
-                replace(batch, pixel_values=None, media=_DecoupledSource(self.decoupled, number))
+                replace(batch, pixel_values=None, media=self.decoupled.media(number))
                 for number, batch in enumerate(microbatches)
             ]
             schedule = self.decoupled.schedule(self.runtime.schedule)

@@ -225,7 +225,7 @@ def test_an_index_stays_inside_its_folder_and_pickles_are_refused(downloaded: Pa
             verify_folder(downloaded)
     for path in [downloaded / INDEX, *downloaded.glob("*.safetensors")]:
         path.unlink()
-    (downloaded / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    (downloaded / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo never'\ntR.")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin may run code when it is read and is refused"):
         verify_folder(downloaded)
 

@@ -21,11 +21,9 @@ from k25sys.models.moe import SwiGLU
 from k25sys.parallel import GridSizes, RankGrid, WeightGradStore, collectives
 from k25sys.parallel.collectives import (
     all_reduce,
-    copy_to_group,
     gather_rows,
     own_rows,
     reduce_scatter_rows,
-    scatter_rows,
 )
 from k25sys.parallel.tensor import (
     ColumnParallelLinear,
@@ -277,9 +275,7 @@ def _collectives(ranks: int) -> None:
             _same(gather_rows, own_rows("test", total, group), group, total, summand, mine)
             _same(lambda x, to: gather_rows(x, to, gradient="whole"), mine, group, total, total, mine)
             _same(reduce_scatter_rows, summand, group, mine, mine, total)
-            _same(scatter_rows, total, group, mine, mine, total)
             _same(all_reduce, summand, group, total, total, total)
-            _same(copy_to_group, total, group, total, summand, total)
 
 
 def _same(function: Any, x: Tensor, group: Any, want: Tensor, grad: Tensor, want_grad: Tensor) -> None:
@@ -298,7 +294,7 @@ def test_collectives_and_their_gradients(ranks: int) -> None:
 
 def test_a_group_of_one_communicates_nothing() -> None:
     x = torch.ones(3, 2)
-    for function in (gather_rows, reduce_scatter_rows, scatter_rows, all_reduce, copy_to_group):
+    for function in (gather_rows, reduce_scatter_rows, all_reduce):
         assert function(x, None) is x
 
 
@@ -321,9 +317,8 @@ def _errors(ranks: int) -> None:
         ShapeError, match=r"reduce_scatter_rows: T: got 7 rows over 4 ranks, accepted a multiple of 4; "
     ):
         row(torch.ones(7, 2))
-    for function in (scatter_rows, reduce_scatter_rows):
-        with pytest.raises(ShapeError, match=r"T: got 6 rows over 4 ranks"):
-            function(torch.ones(6, 2), group)
+    with pytest.raises(ShapeError, match=r"T: got 6 rows over 4 ranks"):
+        reduce_scatter_rows(torch.ones(6, 2), group)
     with pytest.raises(ShapeError, match=r"ColumnParallelLinear: x: got shape \(2, 3, 4\)"):
         ColumnParallelLinear(nn.Linear(4, 8), grid, store, gather_input=True)(torch.ones(2, 3, 4))
     dist.barrier()

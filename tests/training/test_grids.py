@@ -188,3 +188,26 @@ def cases_of(world_size: int) -> list[GridCase]:
 def test_grids_compute_what_one_process_computes(world_size: int, dtype: torch.dtype) -> None:
     worst = run_ranks(world_size, _check, cases_of(world_size), dtype, timeout=300)
     print({case: f"{max(each[case] for each in worst):.1e}" for case in worst[0]})
+
+
+def _refusals() -> list[str]:
+    grid = RankGrid.create(GridSizes(data=2, expert=2))
+    found = []
+    for options, layers in (
+        (ParallelOptions(memory=("expert_inputs",)), (range(4),)),
+        (ParallelOptions(), (range(2), range(3, 4))),
+    ):
+        try:
+            parallelize(
+                small_config(), grid, layers_of_stage=layers, stages=(0,), dtype=torch.float32, seed=0, options=options
+            )
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_options_that_do_nothing_and_layers_that_are_not_the_models_are_refused() -> None:
+    for found in run_ranks(2, _refusals):
+        assert len(found) == 2
+        assert "memory: got expert_inputs with experts on several ranks" in found[0]
+        assert "layers_of_stage" in found[1]

@@ -68,7 +68,7 @@ def test_layouts_of_k25() -> None:
     experts = ((0, "expert"), (2, "expert_tensor"))
     gate_up = ParameterLayout(shape=(384, 2, 2048, 7168), splits=experts, matrix=True, expert=True)
     assert layouts[LAYER + "mlp.experts.gate_up_proj"] == gate_up
-    assert gate_up.num_matrices == 768
+    assert prod(gate_up.shape[:-2]) == 768
     down = ParameterLayout(shape=(384, 7168, 2048), splits=experts, matrix=True, expert=True)
     assert layouts[LAYER + "mlp.experts.down_proj"] == down
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):

@@ -151,7 +151,7 @@ def _check_dep_bitwise(cases: list[GridCase]) -> None:
         decoupled = decouple(each, other, grid, dtype)
         media = media_of(batches, grid)
         decoupled.begin(media.clips, media.consumers, media.load_pixels)
-        fed = [replace(b, pixel_values=None, media=_Source(decoupled, i)) for i, b in enumerate(batches[0])]
+        fed = [replace(b, pixel_values=None, media=decoupled.media(i)) for i, b in enumerate(batches[0])]
         found = runtime.step(fed, schedule=decoupled.schedule(runtime.schedule), hooks=decoupled.hooks()).losses
         decoupled.finish()
         assert [float(x) for x in found] == [float(x) for x in expected]
@@ -160,17 +160,6 @@ def _check_dep_bitwise(cases: list[GridCase]) -> None:
                 gradient, wanted = parameter.grad, model.parameters[name].grad
                 assert (gradient is None) == (wanted is None)
                 assert gradient is None or torch.equal(gradient, wanted), (str(each), name)  # pyright: ignore[reportArgumentType]
-
-
-class _Source:
-    def __init__(self, decoupled: DecoupledEncoder, number: int) -> None:
-        self.decoupled, self.number = decoupled, number
-
-    def rows(self) -> torch.Tensor:
-        return self.decoupled.rows(self.number)
-
-    def return_gradient(self, gradient_RD: torch.Tensor) -> None:
-        self.decoupled.return_gradient(self.number, gradient_RD)
 
 
 def test_the_backbone_does_not_see_where_its_media_were_encoded() -> None:

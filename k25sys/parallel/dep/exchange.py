@@ -98,7 +98,7 @@ class Routes:
 
 
 @dataclass
-class RowExchange:
+class RowMessages:
     """The messages of one direction. Sends are kept alive until they are done; receives wait when they are asked for.
 
     A rank's own rows are copied. Every message carries the whole rows, contiguous, in `dtype`.

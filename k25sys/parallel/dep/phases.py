@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from k25sys.errors import ShapeError, message
 from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, assign, make_packs
-from k25sys.parallel.dep.exchange import Routes, RowExchange
+from k25sys.parallel.dep.exchange import Routes, RowMessages
 from k25sys.parallel.dep.reduction import sum_in_order
 from k25sys.parallel.grid import RankGrid
 from k25sys.parallel.pipeline.ir import Action, Kind, Schedule
@@ -49,6 +49,22 @@ class _Step:
     gradients: dict[Clip, Tensor] = field(default_factory=dict)
     to_send: dict[Clip, int] = field(default_factory=dict)
     """Rows of each clip that have not been handed to the exchange."""
+
+
+@dataclass(frozen=True)
+class DecoupledMedia:
+    """The media of one micro-batch as stage 0 takes them: rows now, their gradient back in the backward."""
+
+    encoder: "DecoupledEncoder"
+    microbatch: int
+
+    def rows(self) -> Tensor:
+        """See DecoupledEncoder.rows."""
+        return self.encoder.rows(self.microbatch)
+
+    def return_gradient(self, gradient: Tensor) -> None:
+        """See DecoupledEncoder.return_gradient."""
+        self.encoder.return_gradient(self.microbatch, gradient)
 
 
 class DecoupledEncoder:
@@ -87,7 +103,7 @@ class DecoupledEncoder:
         device = next(encoder.parameters()).device
         self._device = device
         self._rows, self._gradients = (
-            RowExchange(self._group, dtype, device, row_shape, tag) for tag in (_ROWS_TAG, _GRADIENTS_TAG)
+            RowMessages(self._group, dtype, device, row_shape, tag) for tag in (_ROWS_TAG, _GRADIENTS_TAG)
         )
         self._step: _Step | None = None
 
@@ -155,6 +171,10 @@ class DecoupledEncoder:
             Kind.RETURN: self.collect,
             Kind.VISION_BACKWARD: self.backward,
         }
+
+    def media(self, microbatch: int) -> DecoupledMedia:
+        """What stage 0 needs of this micro-batch, of its own data rank."""
+        return DecoupledMedia(self, microbatch)
 
     # --- phase (a) --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import cast
 
 from k25sys.errors import ScheduleError, listing, message
-from k25sys.parallel.pipeline.ir import COMMUNICATION, RECEIVES, SENDS, Action, Kind, Schedule, dependencies
+from k25sys.parallel.pipeline.ir import COMMUNICATION, EXCHANGES, RECEIVES, SENDS, Action, Kind, Schedule, dependencies
 from k25sys.parallel.pipeline.timeline import Span, Timeline, Transfer
 
 Costs = Callable[[Action], float] | Mapping[Action, float] | Mapping[Kind, float] | Mapping[Action | Kind, float]
@@ -19,6 +19,7 @@ their rank busy so long; otherwise they take none of its time. A callable is not
 LinkSeconds = float | Callable[[Action, int, int], float]
 """Seconds of a message: the same for all, or of (send action, source rank, target rank)."""
 
+_NO_COMPUTE = COMMUNICATION | EXCHANGES
 _LOCKSTEP_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT)
 
 
@@ -138,10 +139,10 @@ class _Replica:
         costs = self._costs
         seconds: float | None
         if callable(costs):
-            seconds = costs(action) if action.kind not in COMMUNICATION else 0.0
+            seconds = costs(action) if action.kind not in _NO_COMPUTE else 0.0
         else:
             table = cast(Mapping[Action | Kind, float], costs)
-            seconds = table.get(action, table.get(action.kind, 0.0 if action.kind in COMMUNICATION else None))
+            seconds = table.get(action, table.get(action.kind, 0.0 if action.kind in _NO_COMPUTE else None))
         if seconds is None or not isfinite(seconds) or seconds < 0:
             raise ScheduleError(message("simulate", f"cost of {action}", seconds, "seconds >= 0"))
         return seconds

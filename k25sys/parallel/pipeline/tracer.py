@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k25sys.errors import ScheduleError, message
-from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, VISION, Action, Kind
+from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, EXCHANGES, VISION, Action, Kind
 from k25sys.parallel.pipeline.timeline import Timeline
 
 Memory = Mapping[int, Sequence[tuple[float, float]]]
@@ -22,7 +22,7 @@ _COLOURS = {
     Kind.VISION_BACKWARD: "cq_build_running",
     Kind.ALL_TO_ALL: "terrible",
 }
-_TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | {Kind.ALL_TO_ALL}, "vision": VISION}
+_TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | EXCHANGES | {Kind.ALL_TO_ALL}, "vision": VISION}
 _Event = dict[str, Any]
 _MOST_LANES = 1000
 """The tracks of a kind are numbered from a multiple of it."""

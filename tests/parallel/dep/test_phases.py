@@ -1,6 +1,8 @@
 """The decoupled encoder against one that encodes in place: rows bitwise, gradients to rounding, over drawn steps."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -8,6 +10,13 @@ import torch.distributed as dist
 
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.parallel.dep import Clip, DecoupledEncoder, DecoupledOptions, EncoderCost, make_packs
+from k25sys.parallel.pipeline.drawing import draw_svg
+from k25sys.parallel.pipeline.generators import SCHEDULES, make_schedule
+from k25sys.parallel.pipeline.ir import COMPUTE, VISION, Kind
+from k25sys.parallel.pipeline.lowering import lower
+from k25sys.parallel.pipeline.simulator import simulate
+from k25sys.parallel.pipeline.tracer import write_perfetto
+from k25sys.parallel.pipeline.validator import validate
 from tests.parallel.dep.vision import WIDTH, DrawnStep, Encoder, draw_step, pixels_of, rows_of
 from tests.parallel.processes import run_ranks
 
@@ -131,3 +140,62 @@ def test_deterministic_gradients_do_not_depend_on_the_number_of_ranks() -> None:
         spread = run_ranks(sizes.world_size, _check_steps, sizes, range(8), torch.float32, True)[0]
         for one, other in zip(alone, spread, strict=True):
             assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _check_without_training(sizes: GridSizes) -> None:
+    """A frozen encoder and an evaluation: the same rows, no gradients, nothing left behind."""
+    grid = RankGrid.create(sizes)
+    first_stage = {data: [data * sizes.ranks_per_stage // sizes.data] for data in range(sizes.data)}
+    for seed in range(6):
+        drawn = draw_step(seed, data_ranks=sizes.data, microbatches=MICROBATCHES, consumers_of=first_stage)
+        rows, _ = encode_in_place(drawn, torch.float64, 64)
+        for trainable, train in ((False, True), (True, False)):
+            encoder = Encoder(torch.float64)
+            options = DecoupledOptions(cost=COST, max_patches=64, trainable=trainable)
+            decoupled = DecoupledEncoder(
+                encoder, grid, row_shape=(WIDTH,), rows_of=rows_of, dtype=torch.float64, options=options
+            )
+            plan = decoupled.begin(
+                drawn.clips,
+                lambda *key, drawn=drawn: torch.tensor(drawn.consumers[key]),
+                lambda clip: pixels_of(clip, torch.float64),
+                train=train,
+            )
+            backbone = make_schedule("1f1b", num_ranks=sizes.pipeline, num_microbatches=MICROBATCHES)
+            kinds = {action.kind for action in decoupled.schedule(lower(backbone)).actions[0]}
+            assert not kinds & {Kind.VISION_BACKWARD, Kind.RETURN}
+            for pack in plan.packs_of(grid.rank):
+                decoupled.encode(pack.number)
+            for microbatch in range(MICROBATCHES):
+                decoupled.deliver(microbatch)
+                key = (grid.index("data"), microbatch)
+                got = decoupled.rows(microbatch)
+                assert torch.equal(got, expected_rows(drawn, rows, key, grid.rank, torch.float64))
+            decoupled.finish()
+            assert decoupled.bytes_held == 0
+            assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("sizes", [GridSizes(), GridSizes(pipeline=2), GridSizes(data=2, pipeline=2)], ids=str)
+def test_a_frozen_encoder_and_an_evaluation_end_with_phase_a(sizes: GridSizes) -> None:
+    run_ranks(sizes.world_size, _check_without_training, sizes)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_with_vision_is_valid_and_can_be_timed_and_drawn(name: str, tmp_path: Path) -> None:
+    encoder, grid = Encoder(torch.float32), RankGrid.create(GridSizes())
+    options = DecoupledOptions(cost=COST, max_patches=64)
+    decoupled = DecoupledEncoder(
+        encoder, grid, row_shape=(WIDTH,), rows_of=rows_of, dtype=torch.float32, options=options
+    )
+    drawn = draw_step(5, data_ranks=1, microbatches=MICROBATCHES, consumers_of={0: [0]})
+    assert drawn.clips
+    decoupled.begin(drawn.clips, lambda *key: torch.tensor(drawn.consumers[key]), lambda clip: torch.empty(0))
+    schedule = decoupled.schedule(lower(make_schedule(name, num_ranks=1, num_microbatches=MICROBATCHES)))
+    validate(schedule)
+    assert {Kind.DELIVER, Kind.RETURN} <= {action.kind for action in schedule.actions[0]}
+    timeline = simulate(schedule, lambda action: 1.0)
+    computed = [action for action in schedule.actions[0] if action.kind in COMPUTE | VISION]
+    assert timeline.makespan == len(computed)
+    ElementTree.fromstring(draw_svg(timeline))
+    write_perfetto(timeline, tmp_path / "trace.json")
