@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -102,11 +103,14 @@ def _main(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
+    failed = False
     try:
         outcome = pickle.dumps((False, function(*args)))
     except BaseException:
-        outcome = pickle.dumps((True, traceback.format_exc()))
+        failed, outcome = True, pickle.dumps((True, traceback.format_exc()))
     sender.send_bytes(outcome)  # not send(): it would pass tensors as handles of this process, which ends now
     sender.close()
+    if not failed:  # others may still be connecting to this rank: it stays until all have reported, and is killed then
+        threading.Event().wait(timeout)
     # Leaving takes its time in c10d, and a rank that raised must not wait for the others.
     os._exit(0)
