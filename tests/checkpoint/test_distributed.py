@@ -25,7 +25,7 @@ from k25sys.errors import ArgumentTypeError, ArgumentValueError, CheckpointError
 from k25sys.parallel import GridSizes, ParameterLayout, RankGrid
 from tests.checkpoint.peak_memory import status
 from tests.checkpoint.ranks_in_one_process import LAYOUTS, Model, load, same_bits, save
-from tests.parallel.processes import RankError, run_ranks
+from tests.parallel.processes import DIED, run_failing_ranks, run_ranks
 
 ONE = GridSizes()
 
@@ -392,7 +392,7 @@ def test_memory_is_bounded_by_a_file(tmp_path: Path) -> None:
     assert loading < 12 << 20
 
 
-def _die_while_saving(parent: str, victim: int) -> str:
+def _die_while_saving(parent: str, victim: int) -> None:
     grid = RankGrid.create(GRIDS[0])
 
     def pieces() -> Any:
@@ -400,13 +400,14 @@ def _die_while_saving(parent: str, victim: int) -> str:
         if grid.rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(RuntimeError) as error:
-        distributed.save(Path(parent) / "step-0", grid, step=0, pieces=pieces())
-    return type(error.value).__name__
+    distributed.save(Path(parent) / "step-0", grid, step=0, pieces=pieces())
 
 
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_rank_that_is_killed_publishes_nothing(tmp_path: Path, victim: int) -> None:
-    with pytest.raises(RankError, match=f"^--- rank {victim} of 4: died without a word$"):
-        run_ranks(4, _die_while_saving, str(tmp_path), victim, timeout=30.0)
+    results, problems = run_failing_ranks(4, _die_while_saving, str(tmp_path), victim, timeout=60.0)
+    assert not results
+    assert problems.pop(victim) == DIED
+    for problem in problems.values():  # a rank that raised leaves, and so the next one learns of it
+        assert "Connection closed by peer" in problem or "Connection reset by peer" in problem
     assert not any(not path.name.startswith(".") for path in tmp_path.iterdir())
