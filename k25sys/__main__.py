@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m k25sys {doctor, generate, plan, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, eval, plan, convert, verify}`."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from k25sys.evaluation.arguments import add_eval_arguments
 from k25sys.planner.arguments import add_plan_arguments
 
 if TYPE_CHECKING:
@@ -23,15 +24,13 @@ def main() -> int:
     generate.add_argument("prompt", metavar="TEXT")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     generate.add_argument("--video", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
-    source = generate.add_mutually_exclusive_group()
-    source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
-    source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
-    generate.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    _add_model_arguments(generate)
     generate.add_argument("--max-new-tokens", type=int, default=16)
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
+    evaluation = commands.add_parser("eval", help="score a model on a file of questions by a benchmark's rule")
+    add_eval_arguments(evaluation)
+    _add_model_arguments(evaluation)
     convert = commands.add_parser("convert", help="rewrite a checkpoint in another layout, tensor by tensor")
     convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, in any layout")
     convert.add_argument("folder", metavar="DST", help="a new folder")
@@ -49,8 +48,19 @@ def main() -> int:
     verify = commands.add_parser("verify", help="exit 0 when a checkpoint is intact, else name the files at fault")
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
-    commands_by_name = {"doctor": _doctor, "generate": _generate, "plan": _plan, "convert": _convert, "verify": _verify}
+    commands_by_name = {
+        "doctor": _doctor, "generate": _generate, "eval": _eval, "plan": _plan, "convert": _convert, "verify": _verify,
+    }  # fmt: skip
     return commands_by_name[arguments.command](arguments)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
+    source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -140,6 +150,12 @@ def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens"
         pixels, grid, timestamps = preprocess_video(path_of(name))
         content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
     return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from k25sys.evaluation.command import run
+
+    return _reported("eval", lambda: run(arguments, lambda: _model_and_tokenizer(arguments)))
 
 
 def _plan(arguments: argparse.Namespace) -> int:
