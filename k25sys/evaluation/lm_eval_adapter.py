@@ -47,7 +47,7 @@ def lm_eval_model(
     except ImportError as error:
         hint = "pip install 'k25sys[lm-eval]'"
         raise OptionalPackageError(
-            message("lm_eval_model", "package", "no lm_eval", "lm-eval >= 0.4.9", hint)
+            message("lm_eval_model", "package", "no lm_eval", "lm-eval >= 0.4.13", hint)
         ) from error
     likelihoods = Likelihoods(model, tokenizer, max_length=max_length, max_packed_tokens=max_packed_tokens)
     replies = Replies(model, tokenizer, likelihoods.max_length, max_gen_toks, max_sequences, seed)

@@ -93,9 +93,8 @@ def test_generate_until(tiny: KimiK25) -> None:
         assert text == TOKENIZER.decode(ids)
     long = max(whole, key=len)
     assert len(long) > 3
-    cut = lm.generate_until(
-        requests((prompts[whole.index(long)], {"until": [long[2:], "\0never"]}), ("x", {"until": ""}))
-    )
+    options = {"until": [long[3:], long[2:], "\0never"]}
+    cut = lm.generate_until(requests((prompts[whole.index(long)], options), ("x", {"until": ""})))
     assert cut[0] == long[: long.index(long[2:])]
     sampled = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "max_gen_toks": 8}
     mixed = lm.generate_until(requests(("one", {}), ("one", sampled), ("two", {})))
