@@ -4,6 +4,7 @@ What a stream gives depends on its number and on how many streams there are, nev
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,8 +74,9 @@ class TokenStream:
     than `sequence_length` positions, or one of fewer than two tokens, is skipped and counted: one odd picture must
     not end a run. Where media documents are of nearly `sequence_length`, a large vision share cannot be reached.
 
-    Vision is drawn when the share (b + 1/2) / B of the next vision document is owed: rounding to whole documents
-    cancels over the streams, and their vision documents do not all come in the same step.
+    What vision is owed moves within the size of a document, as it must; where within, from below 0 to above, depends
+    on b: so the errors of rounding to whole documents cancel over the streams, and vision documents of all streams do
+    not come in the same step.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class TokenStream:
             }
         held = {
             group: {"source": it.mixed.name, "index": it.index, "epoch": it.epoch, "offset": it.offset}
-            for group, it in now.held.items()
+            for group, it in sorted(now.held.items())
         }
         progress = {"sequences": now.sequences, "vision_deficit": now.deficits.vision}
         return {"stream": self._identity(), **progress, "sources": sources, "held": held}
@@ -215,7 +217,7 @@ class TokenStream:
     def _parsed(self, state: Mapping[str, Any]) -> _Progress:
         now = self._at_start()
         now.sequences = _natural(state["sequences"])
-        now.deficits.vision = float(state["vision_deficit"])
+        now.deficits.vision = _finite(state["vision_deficit"])
         for mixed in self.mixture.sources:
             entry, counters = state["sources"][mixed.name], now.counters[mixed.name]
             place = _natural(entry["epoch"]) * len(mixed.source) + _natural(entry["position"])
@@ -223,12 +225,14 @@ class TokenStream:
             if rest != 0 or counters.drawn < 0:
                 raise _state_error(f"place {place} of {mixed.name!r}", f"places of stream {self.number}")
             counters.tokens, counters.skipped = _natural(entry["tokens"]), _natural(entry["skipped"])
-            now.deficits.sources[mixed.name] = float(entry["deficit"])
+            now.deficits.sources[mixed.name] = _finite(entry["deficit"])
         by_name = {mixed.name: mixed for mixed in self.mixture.sources}
         for group in GROUPS:
             if group in state["held"]:
                 entry = state["held"][group]
                 mixed, index, epoch = by_name[entry["source"]], _natural(entry["index"]), _natural(entry["epoch"])
+                if index >= len(mixed.source):
+                    raise _state_error(f"document {index} of {mixed.name!r}", f"less than {len(mixed.source)}")
                 held = _Held(mixed, index, epoch, _natural(entry["offset"]), self._sample(mixed, index, epoch))
                 if mixed.group != group or held.remaining <= 0 or (held.sample.media and held.offset > 0):
                     raise _state_error(f"the rest of a {group} document {entry}", "a rest that can be")
@@ -262,9 +266,12 @@ class TokenStream:
             vision = self._peek("vision", position)
         if vision is None or (vision.sample.media and vision.remaining > room):
             return text
-        if text is None or self.mixture.ratio == 1:
+        if text is None:
             return vision
-        return vision if self._now.deficits.vision > self._phase * vision.remaining else text
+        # The deficit falls by (1 - share) * vision.remaining with the one, and grows by share * filled with the other.
+        share, filled = self.mixture.vision_share(self._active(position)), min(text.remaining, room)
+        least = self._phase * (1 - share) * vision.remaining - (1 - self._phase) * share * filled
+        return vision if self._now.deficits.vision > least else text
 
     def _peek(self, group: Group, position: int) -> _Held | None:
         """The group's document that is held, or else a new one; None: the group has none (now)."""
@@ -322,13 +329,13 @@ class TokenStream:
             sample.check(self.media_pad)
         except Exception as error:
             got = f"{type(error).__name__}: {error}"
-            raise DataError(message("TokenStream.next", where, got, "a document")) from error
+            raise DataError(message("TokenStream", where, got, "a document")) from error
         if sample.ids_S.dtype != np.int64 or sample.loss_S.dtype != np.bool_:
             got = f"ids_S {sample.ids_S.dtype}, loss_S {sample.loss_S.dtype}"
-            raise DataError(message("TokenStream.next", where, got, "int64 and bool"))
+            raise DataError(message("TokenStream", where, got, "int64 and bool"))
         if sample.media and (not mixed.source.has_media or sample.ids_S[-1] == self.media_pad):
             got = "media at its very end" if mixed.source.has_media else "media, of a source without has_media"
-            raise DataError(message("TokenStream.next", where, got, "media of a vision source, with a token behind"))
+            raise DataError(message("TokenStream", where, got, "media of a vision source, with a token behind"))
         return sample
 
     def _raise_empty(self) -> None:
@@ -344,6 +351,12 @@ def _natural(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise _state_error(repr(value), "an integer >= 0")
     return value
+
+
+def _finite(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise _state_error(repr(value), "a finite number")
+    return float(value)
 
 
 def _state_error(got: object, accepted: str = "what TokenStream.state gave") -> DataError:
