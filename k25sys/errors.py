@@ -67,6 +67,14 @@ class ScheduleError(ValueError):
     """A pipeline schedule that is unknown, impossible for these sizes, incomplete, or that would deadlock."""
 
 
+class DataError(ValueError):
+    """Data ran out, a source does not keep to its contract, or a state is not of the streams that it is given to."""
+
+
+class DataWorkerError(RuntimeError):
+    """A process that reads data died or could not be started."""
+
+
 class RankFailureError(RuntimeError):
     """Another rank died, hangs or failed; the message names it and the action in which it was waited for."""
 

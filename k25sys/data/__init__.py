@@ -27,7 +27,12 @@ from k25sys.data.geometry import (
     video_grids,
 )
 from k25sys.data.images import preprocess_image, read_image_size
+from k25sys.data.loader import Loader
+from k25sys.data.mixture import MixedSource, Mixture
+from k25sys.data.packing import PackedSequence
+from k25sys.data.sample import MediaItem, Sample, Source
 from k25sys.data.samples import SAMPLES, sample_file
+from k25sys.data.stream import TokenStream
 from k25sys.data.tokenizer import (
     RELEASED_SPECIAL_TOKENS,
     ByteTokenizer,
@@ -47,11 +52,19 @@ __all__ = [
     "ByteTokenizer",
     "ChatTokens",
     "ImagePart",
+    "Loader",
+    "MediaItem",
     "MediaLimits",
+    "MixedSource",
+    "Mixture",
+    "PackedSequence",
     "ResizePlan",
+    "Sample",
+    "Source",
     "SpecialTokens",
     "SystemTurn",
     "TiktokenTokenizer",
+    "TokenStream",
     "Tokenizer",
     "ToolCall",
     "ToolTurn",
