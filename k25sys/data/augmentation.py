@@ -203,9 +203,7 @@ def plan_augmentation(
         int(rng.integers(canvas[1] - resized[1], endpoint=True)),
     )
     is_flipped = bool(rng.random() < settings.flip) and can_flip
-    return AugmentationPlan(
-        crop=(x0, y0, x1, y1), resized=resized, is_flipped=is_flipped, offset=offset, canvas=canvas
-    )
+    return AugmentationPlan(crop=(x0, y0, x1, y1), resized=resized, is_flipped=is_flipped, offset=offset, canvas=canvas)
 
 
 def mentions_sides(text: str) -> bool:
