@@ -14,7 +14,7 @@ import numpy as np
 
 from k25sys.data.boxes import Box, Point, hull
 from k25sys.data.geometry import CELL
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, OptionalPackageError, message
 
 _SIDES = re.compile(r"\b(left|right|(anti|counter)?-?clockwise|mirror)", re.IGNORECASE)
 _KEY = re.compile(r"\d{1,9}(,\d{1,9}){10}", re.ASCII)
@@ -109,9 +109,8 @@ class AugmentationPlan:
 
         Raises:
             TypeError, ValueError: another type, shape or dtype, or a picture that does not hold the crop.
+            ImportError: it has to be resized, and Pillow is not installed.
         """
-        from PIL import Image
-
         _check_picture(picture_HW3)
         x0, y0, x1, y1 = self.crop
         if y1 > picture_HW3.shape[0] or x1 > picture_HW3.shape[1]:
@@ -122,7 +121,7 @@ class AugmentationPlan:
         part = np.ascontiguousarray(picture_HW3[y0:y1, x0:x1])
         height, width = self.resized
         if part.shape[:2] != self.resized:
-            part = np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BICUBIC))
+            part = _resized(part, self.resized)
         canvas = np.zeros((*self.canvas, 3), np.uint8)
         y, x = self.offset
         canvas[y : y + height, x : x + width] = part[:, ::-1] if self.is_flipped else part
@@ -220,6 +219,18 @@ def _crop_side(
     length = int(rng.integers(least, side, endpoint=True))
     start = int(rng.integers(max(0, last - length), min(first, side - length), endpoint=True))
     return start, start + length
+
+
+def _resized(picture_HW3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic, to (height, width)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        hint = "pip install 'k25sys[media]'"
+        raise OptionalPackageError(
+            message("AugmentationPlan.apply", "package", "no Pillow", "Pillow >= 11", hint)
+        ) from error
+    return np.asarray(Image.fromarray(picture_HW3).resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def _check_picture(picture: np.ndarray) -> None:

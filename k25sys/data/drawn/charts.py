@@ -55,6 +55,7 @@ def draw_charts(rng: np.random.Generator, size: tuple[int, int]) -> Drawing:
         picture_HW3=picture_HW3,
         owner_HW=owner_HW,
         labels=layout.names,
+        values=layout.values,
         question=question,
         answer=answer,
         required=frozenset(range(len(layout.names))),

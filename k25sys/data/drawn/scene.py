@@ -9,11 +9,13 @@ import numpy as np
 
 from k25sys.data.augmentation import AugmentationPlan, mentions_sides
 from k25sys.data.boxes import Box, box_text, ink_box, point_text
+from k25sys.errors import OptionalPackageError, message
 
 if TYPE_CHECKING:
     from PIL import ImageFont
 
 Colour = tuple[int, int, int]
+_BEARING = 4  # pixels that a letter may reach to the left of where it is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class Mark:
     label: str
     box: Box
     """The smallest box around the pixels of it that are to be seen."""
+    value: int | None = None
+    """What it stands for in a chart."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Drawing:
         picture_HW3: uint8.
         owner_HW: uint16; 1 + the number of the mark that a pixel belongs to, 0 of none.
         labels: of the marks.
+        values: of the marks of a chart; empty otherwise.
         question, answer: their lines. An answer of more than one mark comes in reading order where
             `in_reading_order` says so: rows of a picture from the top, then from the left.
         required: the marks that must stay whole, lest the answer become wrong.
@@ -55,6 +60,7 @@ class Drawing:
     picture_HW3: np.ndarray
     owner_HW: np.ndarray
     labels: tuple[str, ...]
+    values: tuple[int, ...] = ()
     question: tuple[Line, ...]
     answer: tuple[Line, ...]
     required: frozenset[int]
@@ -93,7 +99,11 @@ class Drawing:
         boxes: list[Box | None] = list(self.boxes)
         if plan is not None:
             boxes = [self._seen_box(i, plan, kept_area) for i in range(len(self.labels))]
-        return [box and Mark(label=label, box=box) for label, box in zip(self.labels, boxes, strict=True)]
+        values = self.values or [None] * len(boxes)
+        return [
+            box and Mark(label=label, box=box, value=value)
+            for label, box, value in zip(self.labels, boxes, values, strict=True)
+        ]
 
     def _seen_box(self, mark: int, plan: AugmentationPlan, kept_area: float) -> Box | None:
         x0, y0, x1, y1 = plan.crop
@@ -139,14 +149,19 @@ def draw_text(
     """Writes `text` into the picture, its corner `at` (x, y); gives the (H, W) bool mask of changed pixels."""
     from PIL import Image, ImageDraw
 
-    height, width, _ = picture_HW3.shape
-    ink = Image.new("L", (width, height))
-    ImageDraw.Draw(ink).text(at, text, fill=255, font=font)
-    alpha_HW1 = np.asarray(ink, np.int32)[:, :, None]
-    before = picture_HW3.copy()
-    blend = (before * (255 - alpha_HW1) + np.array(colour, np.int32) * alpha_HW1 + 127) // 255
-    picture_HW3[:] = blend.astype(np.uint8)
-    return (before != picture_HW3).any(2)
+    width, height = text_extent(text, font)
+    x, y = at
+    x0, y0 = max(0, x - _BEARING), max(0, y)
+    part = picture_HW3[y0 : max(0, y + height), x0 : max(0, x + width)]
+    changed_HW = np.zeros(picture_HW3.shape[:2], bool)
+    if part.size:
+        ink = Image.new("L", (part.shape[1], part.shape[0]))
+        ImageDraw.Draw(ink).text((x - x0, y - y0), text, fill=255, font=font)
+        alpha_HW1 = np.asarray(ink, np.int32)[:, :, None]
+        blend = ((part * (255 - alpha_HW1) + np.array(colour, np.int32) * alpha_HW1 + 127) // 255).astype(np.uint8)
+        changed_HW[y0 : y + height, x0 : x + width] = (blend != part).any(2)
+        part[:] = blend
+    return changed_HW
 
 
 def text_extent(text: str, font: "ImageFont.FreeTypeFont") -> tuple[int, int]:
@@ -164,11 +179,13 @@ def load_font(size: int) -> "ImageFont.FreeTypeFont":
     """Pillow's built-in font.
 
     Raises:
-        ImportError: Pillow was built without FreeType, so that it has no font of any size.
+        ImportError: no Pillow, or one that was built without FreeType, so that it has no font of any size.
     """
-    from PIL import ImageFont
-
-    from k25sys.errors import OptionalPackageError, message
+    try:
+        from PIL import ImageFont
+    except ImportError as error:
+        hint = "pip install 'k25sys[media]'"
+        raise OptionalPackageError(message("load_font", "package", "no Pillow", "Pillow >= 11", hint)) from error
 
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):

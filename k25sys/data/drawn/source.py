@@ -1,4 +1,4 @@
-"""Drawn pictures as a source: each is made from (seed, index) alone, what augmentation does to it from the epoch too."""
+"""Drawn pictures as a source: each is made from (seed, index) alone, its augmentation from the epoch too."""
 
 from collections.abc import Callable
 from types import MappingProxyType
