@@ -79,6 +79,10 @@ class RankFailureError(RuntimeError):
     """Another rank died, hangs or failed; the message names it and the action in which it was waited for."""
 
 
+class DivergenceError(RuntimeError):
+    """Gradients that were not finite for many steps in a row; the parameters are those before them."""
+
+
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:
     """The text of every argument error: op, argument, what was got, what is accepted, what to do."""
     return f"{op}: {argument}: got {got}, accepted {accepted}" + (f"; {hint}" if hint else "")

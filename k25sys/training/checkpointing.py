@@ -124,6 +124,10 @@ class Checkpoints:
         if grid.rank == 0:
             self._remove_unpublished()
 
+    def steps(self) -> list[int]:
+        """Those of the folders that are there, intact or not, the newest first."""
+        return drive(self._grid, self._candidates())
+
     def due(self, step: int) -> bool:
         """Whether the state after `step` steps is to be saved."""
         return step % self.every == 0

@@ -1,11 +1,10 @@
 """What a run is: frozen dataclasses that a recipe fills in, a command line overrides by path, and config.json keeps."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_args, get_type_hints
-
-import json
 
 from k25sys.errors import ConfigError, GridError, message
 from k25sys.parallel.grid import GridSizes
@@ -77,20 +76,23 @@ class BatchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
-    """MuonClip and its learning rate: warm-up, constant, cosine decay (K2, section 2.5)."""
+    """MuonClip and its learning rate: warm-up, stable, cosine decay (K2, section 2.5), in steps of their own, so that a
+    run may be made longer."""
 
     learning_rate: float = 2e-3
     final_learning_rate: float = 2e-4
     warmup_steps: int = 5
-    decay_share: float = 0.35
-    """Of all steps, the last ones."""
+    stable_steps: int = 1000
+    decay_steps: int = 500
     weight_decay: float = 0.1
     max_logit: float | None = 100.0
     max_gradient_norm: float | None = 1.0
     balance_rate: float = 1e-3
     """By which the routers' biases move."""
-    train: tuple[str, ...] = ("*",)
-    """Patterns of the parameters that are trained; the others are frozen."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of the parameters that are not trained, e.g. "language_model.*"."""
+    adamw: str = "reference"
+    """The backend of AdamW: see k25sys.optim.fused_adamw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +162,12 @@ class RunConfig:
             if value not in accepted:
                 raise ConfigError(message("run", path, repr(value), ", ".join(accepted)))
         for path, value in (
-            ("steps", self.steps), ("batch.sequences", self.batch.sequences), ("checkpoint.every", self.checkpoint.every),
-            ("batch.sequence_length", self.batch.sequence_length), ("vision.max_patches", self.vision.max_patches),
-        ):  # fmt: skip
+            ("steps", self.steps),
+            ("batch.sequences", self.batch.sequences),
+            ("batch.sequence_length", self.batch.sequence_length),
+            ("checkpoint.every", self.checkpoint.every),
+            ("vision.max_patches", self.vision.max_patches),
+        ):
             if value < 1:
                 raise ConfigError(message("run", path, value, "an int >= 1"))
 

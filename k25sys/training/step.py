@@ -30,7 +30,7 @@ class StepMedia:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What a step did; the same on every rank."""
+    """What a step did; the same on every rank where nothing else is said."""
 
     loss: float
     """The mean over all loss tokens of the step."""
@@ -39,6 +39,10 @@ class StepOutcome:
     """False: nothing was updated."""
     heads_clipped: int
     """By QK-Clip, of this rank's layers and heads."""
+    expert_load: Mapping[str, float]
+    """Of this rank's routers: see parallel.balance.load_statistics; empty without a balancer, or after no update."""
+    patches_encoded: int
+    """By this rank, in the first forward."""
 
 
 class TrainStep:
@@ -76,9 +80,10 @@ class TrainStep:
         self.optimizer.expect_gradients(len(microbatches))
         if self.decoupled is None:
             result = self.runtime.step(microbatches)
+            patches = self._patches_of_stage0(microbatches)
         else:
             assert media is not None, "a decoupled encoder needs the step's media"
-            self.decoupled.begin(media.clips, media.consumers, media.load_pixels)
+            encoding = self.decoupled.begin(media.clips, media.consumers, media.load_pixels)
             fed = [
                 replace(batch, pixel_values=None, media=self.decoupled.media(number))
                 for number, batch in enumerate(microbatches)
@@ -86,14 +91,19 @@ class TrainStep:
             schedule = self.decoupled.schedule(self.runtime.schedule)
             result = self.runtime.step(fed, schedule=schedule, hooks=self.decoupled.hooks())
             self.decoupled.finish()
+            patches = sum(pack.num_patches for pack in encoding.packs_of(self.grid.rank))
         factors, clipped = self._clip_factors()
         report = self.optimizer.step(learning_rate, factors)
-        if self.balancer is not None and report.finite:
-            self.balancer.update()
+        load = self.balancer.update() if self.balancer is not None and report.finite else {}
         return StepOutcome(
             loss=self._loss(result.losses), gradient_norm=report.gradient_norm, finite=report.finite,
-            heads_clipped=clipped,
+            heads_clipped=clipped, expert_load=load, patches_encoded=patches,
         )  # fmt: skip
+
+    def _patches_of_stage0(self, microbatches: Sequence[MicroBatch]) -> int:
+        if 0 not in self.model.stages:
+            return 0
+        return sum(int(batch.grid_thw.prod(1).sum()) for batch in microbatches if batch.grid_thw is not None)
 
     def _loss(self, losses: Iterable[Tensor]) -> float:
         """The sum over micro-batches, context and data ranks, told to all stages."""
