@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m k25sys {doctor, generate, plan, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, run, recipes, plan, convert, verify}`."""
 
 import argparse
 import os
@@ -32,6 +32,14 @@ def main() -> int:
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
+    run = commands.add_parser("run", help="train by a recipe; under torchrun on a grid of processes")
+    run.add_argument("recipe", metavar="RECIPE", help="see `python -m k25sys recipes`")
+    run.add_argument("--preset", default="tiny", help="tiny, small, moonlight or k25")
+    run.add_argument("--steps", type=int, metavar="N", help="the number of the last step, after --resume too")
+    run.add_argument("--output", metavar="DIR", help="of metrics.jsonl, config.json, checkpoints")
+    run.add_argument("--resume", action="store_true", help="from the newest intact checkpoint in DIR, if there is one")
+    run.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable")
+    commands.add_parser("recipes", help="what `run` can train")
     convert = commands.add_parser("convert", help="rewrite a checkpoint in another layout, tensor by tensor")
     convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, in any layout")
     convert.add_argument("folder", metavar="DST", help="a new folder")
@@ -49,7 +57,10 @@ def main() -> int:
     verify = commands.add_parser("verify", help="exit 0 when a checkpoint is intact, else name the files at fault")
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
-    commands_by_name = {"doctor": _doctor, "generate": _generate, "plan": _plan, "convert": _convert, "verify": _verify}
+    commands_by_name = {
+        "doctor": _doctor, "generate": _generate, "run": _run, "recipes": _recipes, "plan": _plan, "convert": _convert,
+        "verify": _verify,
+    }  # fmt: skip
     return commands_by_name[arguments.command](arguments)
 
 
@@ -92,7 +103,14 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
     from k25sys.data import ByteTokenizer, TiktokenTokenizer
     from k25sys.models import KimiK25
     from k25sys.models.presets import preset
+    from k25sys.training.weights import is_run_checkpoint, load_model
 
+    if arguments.checkpoint and is_run_checkpoint(arguments.checkpoint):
+        model, tokenizer = load_model(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)), ByteTokenizer()
+        if arguments.tokenizer:
+            tokenizer = TiktokenTokenizer(arguments.tokenizer)
+        _check_same_tokens(tokenizer, model)
+        return model, tokenizer
     config = read_config(arguments.checkpoint) if arguments.checkpoint else preset(arguments.preset)
     with torch.device("meta"):
         model = KimiK25(config).to(getattr(torch, arguments.dtype))
@@ -140,6 +158,23 @@ def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens"
         pixels, grid, timestamps = preprocess_video(path_of(name))
         content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
     return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from k25sys.errors import DataWorkerError, DivergenceError, RankFailureError
+    from k25sys.recipes.command import run
+
+    try:
+        return _reported("run", lambda: run(arguments))
+    except (RankFailureError, DataWorkerError, DivergenceError) as error:
+        print(f"run: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from k25sys.recipes.command import list_recipes
+
+    return _reported("recipes", list_recipes)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

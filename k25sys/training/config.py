@@ -105,6 +105,8 @@ class DataOptions:
     """Share of the run before the first of those."""
     workers: int = 0
     """Processes that read ahead, of each rank."""
+    tokenizer: str | None = None
+    """A tiktoken.model; None: bytes, for models of their vocabulary."""
     files: tuple[str, ...] = ()
     """Text, code, JSONL or conversations to read in place of the sample corpus."""
 
