@@ -172,7 +172,7 @@ def _common(folder: Path, step: int, extra: dict[str, Any], file_bytes: int) -> 
         raise ArgumentTypeError(message("save", "extra", error, accepted)) from error
     if json.loads(text) != value:
         hint = "keys must be texts, sequences lists"
-        raise ArgumentTypeError(message("save", "extra", extra, "JSON that reads back as it was", hint))
+        raise ArgumentTypeError(message("save", "extra", repr(extra)[:200], "JSON that reads back as it was", hint))
     return text
 
 

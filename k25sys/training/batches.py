@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.distributed as dist
@@ -106,15 +106,13 @@ class BatchMaker:
 
     def _about(self, group: Sequence[PackedSequence]) -> _About:
         ids_T = torch.cat([sequence.input_ids_T for sequence in group])
-        ends = [0]
-        for sequence in group:
-            ends += [ends[-1] + length for length in _lengths(sequence)]
+        lengths = [end - begin for sequence in group for begin, end in pairwise(sequence.cu_seqlens)]
         tokens: dict[str, int] = {}
         for sequence in group:
             for name, count in sequence.tokens_by_source.items():
                 tokens[name] = tokens.get(name, 0) + count
         return _About(
-            cu_seqlens=tuple(ends),
+            cu_seqlens=tuple(accumulate(lengths, initial=0)),
             runs=() if self.media_pad is None else _runs(ids_T == self.media_pad),
             items=tuple(item for sequence in group for item in sequence.media),
             loss_tokens=sum(int(sequence.loss_mask_T.sum()) for sequence in group),
@@ -161,10 +159,6 @@ class BatchMaker:
         return StepMedia(
             clips=tuple(items), consumers=consumers, load_pixels=lambda clip: self._pixels(items[clip])
         )  # fmt: skip
-
-
-def _lengths(sequence: PackedSequence) -> list[int]:
-    return [end - begin for begin, end in pairwise(sequence.cu_seqlens)]
 
 
 def _runs(mask_T: Tensor) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,7 @@
 """What a run is: frozen dataclasses that a recipe fills in, a command line overrides by path, and config.json keeps."""
 
 import json
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -174,8 +175,8 @@ class RunConfig:
                 raise ConfigError(message("run", path, value, "an int >= 1"))
 
     def to_json(self) -> dict[str, Any]:
-        """As config.json has it."""
-        return asdict(self)
+        """As config.json has it, and gives it back: tuples are lists."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def override(config: C, assignments: Sequence[str]) -> C:

@@ -118,7 +118,6 @@ class Trainer:
                 load_weights(start_from, self.grid, parts.model, parts.optimizer)
             return 0
         before, now = flattened(loaded.extra["config"]), flattened(self.config.to_json())
-        now = json.loads(json.dumps(now))  # tuples as lists
         changed = [
             f"{path}={value!r}, it was {before[path]!r}"
             for path, value in now.items()

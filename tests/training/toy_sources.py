@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from k25sys.data import ByteTokenizer, DrawnPictures, MixedSource, Mixture, Sample
+from k25sys.data import ByteTokenizer, MixedSource, Mixture, Sample
+from k25sys.data.drawn import DrawnPictures
 
 WORDS = "a token goes from rank to rank and the gradient comes back the same way in every step of every run".split()
 
