@@ -179,7 +179,7 @@ def test_counts(index: int, epoch: int, augmentation: Augmentation | None) -> No
 @pytest.mark.parametrize("size", [9, 10, 17, 40])
 def test_text_is_drawn_as_pillow_draws_it(size: int) -> None:
     font = load_font(size)
-    for x, y, text in ((10, 5, "jfly"), (0, 0, "jJ"), (150, 20, "Quay"), (30, 70, "pj|7")):
+    for x, y, text in ((10, 5, "jfly"), (0, 0, "jJ"), (150, 20, "Quay"), (30, 70, "pj|7"), (40, 20, "yard")):
         expected = Image.new("L", (200, 80), 255)
         ImageDraw.Draw(expected).text((x, y), text, fill=0, font=font)
         picture_HW3 = np.full((80, 200, 3), 255, np.uint8)
