@@ -38,7 +38,9 @@ def main() -> int:
     run.add_argument("--steps", type=int, metavar="N", help="the number of the last step, after --resume too")
     run.add_argument("--output", metavar="DIR", help="of metrics.jsonl, config.json, checkpoints")
     run.add_argument("--resume", action="store_true", help="from the newest intact checkpoint in DIR, if there is one")
-    run.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable"
+    )
     commands.add_parser("recipes", help="what `run` can train")
     convert = commands.add_parser("convert", help="rewrite a checkpoint in another layout, tensor by tensor")
     convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, in any layout")

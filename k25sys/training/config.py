@@ -1,7 +1,6 @@
 """What a run is: frozen dataclasses that a recipe fills in, a command line overrides by path, and config.json keeps."""
 
 import json
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -189,21 +188,18 @@ def override(config: C, assignments: Sequence[str]) -> C:
         path, found, text = assignment.partition("=")
         if not found:
             raise ConfigError(message("run", "--set", repr(assignment), "PATH=VALUE"))
+        if path not in (known := _paths(config)):
+            near = get_close_matches(path, known, n=1) or [p for p in known if p.endswith(f".{path}")]
+            hint = f"did you mean {near[0]}?" if near else ""
+            raise ConfigError(message("run", "--set", path, f"one of {', '.join(known)}", hint))
         config = _with(config, path, path.split("."), text)
     return config
 
 
 def _with(config: Any, path: str, parts: Sequence[str], text: str) -> Any:
     name, rest = parts[0], parts[1:]
-    known = {each.name: getattr(config, each.name) for each in fields(config)}
-    nested = name in known and is_dataclass(known[name])
-    if name not in known or nested != bool(rest):
-        paths = _paths(config)
-        last = get_close_matches(path, paths, n=1) or get_close_matches(parts[-1], paths, n=1, cutoff=0.3)
-        hint = f"did you mean {last[0]}?" if last else ""
-        raise ConfigError(message("run", "--set", path, f"one of {', '.join(paths)}", hint))
     kind = get_type_hints(type(config))[name]
-    value = _with(known[name], path, rest, text) if nested else _parsed(path, text, kind)
+    value = _with(getattr(config, name), path, rest, text) if rest else _parsed(path, text, kind)
     return replace(config, **{name: value})
 
 

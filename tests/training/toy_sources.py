@@ -8,7 +8,7 @@ import numpy as np
 from k25sys.data import ByteTokenizer, MixedSource, Mixture, Sample
 from k25sys.data.drawn import DrawnPictures
 
-WORDS = "a token goes from rank to rank and the gradient comes back the same way in every step of every run".split()
+WORDS = "a token goes from rank to rank and its gradient comes back the same way in every step".split()  # noqa: SIM905
 
 
 class Sentences:
@@ -39,5 +39,3 @@ def toy_mixture(*, vision_budget: float = 0.4, kinds: Sequence[str] = ("shapes",
         [MixedSource(Sentences(), 1.0), *(MixedSource(source, 1.0) for source in pictures)],
         vision_budget=vision_budget,
     )
-
-
