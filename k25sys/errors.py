@@ -79,6 +79,10 @@ class RankFailureError(RuntimeError):
     """Another rank died, hangs or failed; the message names it and the action in which it was waited for."""
 
 
+class SandboxError(RuntimeError):
+    """The interpreter of a sandbox cannot be started."""
+
+
 class DivergenceError(RuntimeError):
     """Gradients that were not finite for many steps in a row; the parameters are those before them."""
 
