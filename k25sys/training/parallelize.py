@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from k25sys.errors import ArgumentValueError, GridError, message
+from k25sys.errors import GridError, message
 from k25sys.models import KimiK25
 from k25sys.models.config import KimiK25Config
 from k25sys.models.decoder import DecoderLayer
@@ -89,9 +89,6 @@ def parallelize(
     if [index for layers in layers_of_stage for index in layers] != list(range(config.text.num_hidden_layers)):
         accepted = f"ranges that make up 0 to {config.text.num_hidden_layers - 1}"
         raise GridError(message("parallelize", "layers_of_stage", layers_of_stage, accepted))
-    if "expert_inputs" in options.memory and grid.size("expert") * grid.size("expert_tensor") > 1:
-        got, accepted = "expert_inputs with experts on several ranks", "it with expert = expert_tensor = 1"
-        raise ArgumentValueError(message("parallelize", "memory", got, accepted, "payload='fp8' sends them in E4M3"))
     layouts = plan(config, grid.sizes, vision=options.vision)
     store, device = WeightGradStore(), torch.device(grid.device_type)
     transports = Transports.make(options.transport, grid)

@@ -198,13 +198,43 @@ def test_grids_compute_what_one_process_computes(world_size: int, dtype: torch.d
     print({case: f"{max(each[case] for each in worst):.1e}" for case in worst[0]})
 
 
+def _check_stored_inputs(sizes: GridSizes) -> float:
+    """Experts' tokens in E4M3, with experts on several ranks: the gradients of one process with the same plan."""
+    torch.set_num_threads(1)
+    dtype, memory, worst = torch.float32, ("expert_inputs",), 0.0
+    config, alone, grid = small_config(), RankGrid(GridSizes(), 0, "cpu", {}), RankGrid.create(sizes)
+    batches = make_microbatches(data_ranks=sizes.data, per_rank=MICROBATCHES, dtype=dtype)
+    runtime, model = build(GridCase(sizes=sizes, memory=memory), config, dtype, grid)
+    runtime.step(batches[grid.index("data")])
+    expected: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    for gradients, names in ((expected, memory), (exact, ())):
+        for each in batches:
+            plain, whole = build(GridCase(sizes=GridSizes(), memory=names), config, dtype, alone)
+            plain.step(each)
+            for name, parameter in whole.parameters.items():
+                if parameter.grad is not None:
+                    gradients[name] = gradients.get(name, torch.zeros(())) + parameter.grad
+    for name, parameter in model.parameters.items():
+        layout = model.layouts[name]
+        wanted, unstored = (local_part(each[name], layout, sizes, grid.rank) for each in (expected, exact))
+        error = relative_error(summed_gradient(parameter, layout, grid), wanted)
+        assert error <= 1e-6, (name, error)
+        if name.endswith("gate_up_proj"):
+            assert relative_error(wanted, unstored) > 1e-3, name  # the store is at work
+        worst = max(worst, error)
+    return worst
+
+
+@pytest.mark.parametrize("sizes", [GridSizes(data=2, expert=2), GridSizes(data=2, expert_tensor=2)], ids=str)
+def test_stored_inputs_of_experts_on_other_ranks(sizes: GridSizes) -> None:
+    print(f"{max(run_ranks(2, _check_stored_inputs, sizes)):.1e}")
+
+
 def _refusals() -> list[str]:
     grid = RankGrid.create(GridSizes(data=2, expert=2))
     found = []
-    for options, layers in (
-        (ParallelOptions(memory=("expert_inputs",)), (range(4),)),
-        (ParallelOptions(), (range(2), range(3, 4))),
-    ):
+    for options, layers in ((ParallelOptions(), (range(2), range(3, 4))),):
         try:
             parallelize(
                 small_config(), grid, layers_of_stage=layers, stages=(0,), dtype=torch.float32, seed=0, options=options
@@ -214,8 +244,7 @@ def _refusals() -> list[str]:
     return found
 
 
-def test_options_that_do_nothing_and_layers_that_are_not_the_models_are_refused() -> None:
+def test_layers_that_are_not_the_models_are_refused() -> None:
     for found in run_ranks(2, _refusals):
-        assert len(found) == 2
-        assert "memory: got expert_inputs with experts on several ranks" in found[0]
-        assert "layers_of_stage" in found[1]
+        assert len(found) == 1
+        assert "layers_of_stage" in found[0]
