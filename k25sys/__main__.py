@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m k25sys {doctor, generate, run, recipes, plan, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, eval, run, recipes, plan, convert, verify}`."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from k25sys.evaluation.arguments import add_eval_arguments
 from k25sys.planner.arguments import add_plan_arguments
 
 if TYPE_CHECKING:
@@ -23,15 +24,10 @@ def main() -> int:
     generate.add_argument("prompt", metavar="TEXT")
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     generate.add_argument("--video", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
-    source = generate.add_mutually_exclusive_group()
-    source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
-    source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
-    generate.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
-    generate.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    _add_model_arguments(generate)
     generate.add_argument("--max-new-tokens", type=int, default=16)
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
     run = commands.add_parser("run", help="train by a recipe; under torchrun on a grid of processes")
     run.add_argument("recipe", metavar="RECIPE", help="see `python -m k25sys recipes`")
     run.add_argument("--preset", default="tiny", help="tiny, small, moonlight or k25")
@@ -42,6 +38,9 @@ def main() -> int:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable"
     )
     commands.add_parser("recipes", help="what `run` can train")
+    evaluation = commands.add_parser("eval", help="score a model on a file of questions by a benchmark's rule")
+    add_eval_arguments(evaluation)
+    _add_model_arguments(evaluation)
     convert = commands.add_parser("convert", help="rewrite a checkpoint in another layout, tensor by tensor")
     convert.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, in any layout")
     convert.add_argument("folder", metavar="DST", help="a new folder")
@@ -60,10 +59,19 @@ def main() -> int:
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
     commands_by_name = {
-        "doctor": _doctor, "generate": _generate, "run": _run, "recipes": _recipes, "plan": _plan, "convert": _convert,
-        "verify": _verify,
+        "doctor": _doctor, "generate": _generate, "eval": _eval, "run": _run, "recipes": _recipes, "plan": _plan,
+        "convert": _convert, "verify": _verify,
     }  # fmt: skip
     return commands_by_name[arguments.command](arguments)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--preset", default="tiny", help="a model with random weights (default: tiny)")
+    source.add_argument("--checkpoint", metavar="FOLDER", help="a model with the weights of this folder, in any layout")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tiktoken.model (default: in FOLDER, else bytes)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and of sampling")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -177,6 +185,10 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from k25sys.recipes.command import list_recipes
 
     return _reported("recipes", list_recipes)
+def _eval(arguments: argparse.Namespace) -> int:
+    from k25sys.evaluation.command import run
+
+    return _reported("eval", lambda: run(arguments, lambda: _model_and_tokenizer(arguments)))
 
 
 def _plan(arguments: argparse.Namespace) -> int:

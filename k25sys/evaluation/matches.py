@@ -30,8 +30,8 @@ def table_f1(
     """F1 over cells and over whole rows; rows are paired by the cells of their key columns.
 
     An item is right in a row whose key the answer has, where its cell is the answer's; a row where all its cells are.
-    Of rows with one key the first counts, on both sides. A prediction whose columns are not the answer's scores 0; names
-    of columns and keys are compared without case and white space. Source: WideSearch (arXiv 2508.07999), section 4.
+    Of rows with one key the first counts, on both sides. A prediction whose columns are not the answer's scores 0.
+    Names of columns and keys are compared without case and white space. Source: WideSearch (arXiv 2508.07999).
 
     Args:
         prediction: rows; a cell that is missing is empty.
@@ -132,7 +132,7 @@ def is_box(value: Any) -> bool:
 
 
 def read_boxes(reply: str) -> list[list[float]]:
-    """The boxes of a reply: each innermost [a, b, c, d] of four numbers in it, in order. Text around them is ignored."""
+    """The boxes of a reply: each innermost [a, b, c, d] of four numbers, in order. Text around them is ignored."""
     number = r"\s*[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?\s*"
     return [
         [float(part) for part in match[1].split(",")]

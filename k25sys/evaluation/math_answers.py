@@ -1,7 +1,7 @@
 r"""Final answers out of replies, and whether two of them are the same value: numbers, fractions, LaTeX arithmetic.
 
 Values are exact fractions as long as nothing irrational occurs. Source of the conventions: Hendrycks et al., MATH
-(arXiv 2103.03874): the last \boxed{} is the answer; units, degree and percent signs, and thousands' commas do not count.
+(arXiv 2103.03874): the last \boxed{} is the answer; units, degree and percent signs and thousands' commas do not count.
 """
 
 import math

@@ -127,8 +127,8 @@ def edit_similarity(prediction: str, answers: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
     """Average normalised Levenshtein similarity of one question: similarities below `threshold` count as 0.
 
-    Case and white space do not count. Source: Biten et al., Scene Text VQA (arXiv 1905.13648), equation 1. A distance of
-    exactly `threshold` counts as 0, as there (NL < tau).
+    Case and white space do not count. Source: Biten et al., Scene Text VQA (arXiv 1905.13648), equation 1. A
+    distance of exactly `threshold` counts as 0, as there (NL < tau).
     """
     texts = [" ".join(answer.lower().split()) for answer in _checked("anls", answers)]
     prediction = " ".join(prediction.lower().split())

@@ -46,6 +46,7 @@ def base_config(recipe: str, preset_name: str) -> RunConfig:
         rate = 2e-3 if preset_name == "tiny" else 5e-4
         return RunConfig(
             recipe=recipe, preset=preset_name, batch=BatchOptions(sequences=8, sequence_length=length),
+            vision=VisionOptions(max_patches=256),
             optimizer=OptimizerOptions(learning_rate=rate, final_learning_rate=rate / 10),
         )  # fmt: skip
     if preset_name not in ("moonlight", "k25"):
