@@ -3,13 +3,17 @@
 from difflib import get_close_matches
 
 from k25sys.errors import ConfigError, message
-from k25sys.recipes import long_context, pretrain, sft, vit
+from k25sys.recipes.long_context import RECIPE as LONG_CONTEXT
+from k25sys.recipes.pretrain import RECIPE as PRETRAIN
 from k25sys.recipes.recipe import Recipe
+from k25sys.recipes.sft import RECIPE as SFT
+from k25sys.recipes.vit import PROJECTOR
+from k25sys.recipes.vit import RECIPE as VIT
 
 
 def recipes() -> dict[str, Recipe]:
     """All of them, by name, in the order of the phases."""
-    found = (vit.RECIPE, vit.PROJECTOR, pretrain.RECIPE, long_context.RECIPE, sft.RECIPE)
+    found = (VIT, PROJECTOR, PRETRAIN, LONG_CONTEXT, SFT)
     return {recipe.name: recipe for recipe in found}
 
 

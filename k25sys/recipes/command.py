@@ -3,15 +3,17 @@
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
-from k25sys.data import ByteTokenizer, TiktokenTokenizer, Tokenizer
+from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer
 from k25sys.errors import ArgumentValueError, ConfigError, message
 from k25sys.models import KimiK25Config
 from k25sys.parallel import RankGrid
@@ -53,11 +55,20 @@ def run(arguments: argparse.Namespace) -> str:
         raise ConfigError(message("run", "--output", "none", "a folder for metrics and checkpoints"))
     tokenizer = _tokenizer(config, model_config)
     with _ranks(config) as (grid, monitor):
-        mixture = recipe.mixture(config, tokenizer)
+        mixture = _in_turn(grid, lambda: recipe.mixture(config, tokenizer, Path(arguments.output) / "data"))
         trainer = Trainer(config, model_config, mixture, grid, arguments.output, monitor=monitor)
         step = trainer.run(resume=arguments.resume)
         done = "done" if step == config.steps else "stopped when asked to; --resume goes on"
         return f"{arguments.output}: step {step} of {config.steps}, {done}" if grid.rank == 0 else ""
+
+
+def _in_turn(grid: RankGrid, make: Callable[[], Mixture]) -> Mixture:
+    """Rank 0 first: what it generates, the others find."""
+    group = grid.group("world")
+    made = make() if grid.rank == 0 or group is None else None
+    if group is not None:
+        dist.barrier(group=group)
+    return make() if made is None else made
 
 
 @contextmanager
@@ -81,9 +92,9 @@ def _ranks(config: RunConfig) -> Iterator[tuple[RankGrid, Monitor | None]]:
 def _monitor(rank: int, world_size: int) -> Monitor:
     """Over the launcher's store, which outlives every rank."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Monitor(dist.PrefixStore(f"k25sys/monitor/{attempt}", store), rank, world_size)
+    return Monitor(PrefixStore(f"k25sys/monitor/{attempt}", store), rank, world_size)
 
 
 def _tokenizer(config: RunConfig, model_config: KimiK25Config) -> Tokenizer:

@@ -1,11 +1,41 @@
-"""What the recipes read: the sample corpus that needs no network, or a user's files."""
+"""What the recipes read: the sample corpus and drawn pictures, which need no network, or a user's files."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from k25sys.data import Source, Tokenizer
+from k25sys.data.augmentation import Augmentation
+from k25sys.data.corpus import sample_corpus
+from k25sys.data.drawn import DRAWN_KINDS, DrawnPictures
+from k25sys.data.sources import JsonLines, TextFiles
 from k25sys.training.config import RunConfig
+
+_WEIGHTS = {"python-topics": 4.0, "python-code": 4.0, "python-functions": 2.0, "photographs": 4.0}
+"""Of the corpus's sources within text and within vision; 1 for the others."""
+_DRAWN = 100_000
 
 
 def corpus_of(run: RunConfig, tokenizer: Tokenizer) -> Sequence[tuple[Source, float]]:
-    """Sources with their weights within text and within vision."""
-    raise NotImplementedError
+    """Sources with their weights within text and within vision.
+
+    Files in data.files take the place of the corpus's text: .jsonl has {"text": ...} a line, anything else is a
+    document each.
+    """
+    # Pictures of a quarter of a sequence at most, so that every sequence has room for some and their captions.
+    patches = max(16, run.batch.sequence_length)
+    corpus = sample_corpus(tokenizer, max_patches=min(patches, 4096), augmentation=Augmentation(), seed=run.seed)
+    chosen = [source for source in corpus if source.has_media or not run.data.files]
+    sources = [(source, _WEIGHTS.get(source.name, 1.0)) for source in chosen]
+    sources += [
+        (DrawnPictures(kind, tokenizer, seed=run.seed, length=_DRAWN, augmentation=Augmentation()), 1.0)
+        for kind in DRAWN_KINDS
+    ]
+    return [*sources, *((source, 1.0) for source in text_of_files(run.data.files, tokenizer))]
+
+
+def text_of_files(files: Sequence[str], tokenizer: Tokenizer) -> list[Source]:
+    """A source for each JSON Lines file, and one for all others together."""
+    lines = [file for file in files if Path(file).suffix == ".jsonl"]
+    others = [file for file in files if Path(file).suffix != ".jsonl"]
+    found: list[Source] = [JsonLines(Path(file).stem, tokenizer, file) for file in lines]
+    return [*found, TextFiles("files", tokenizer, others)] if others else found

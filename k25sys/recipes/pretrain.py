@@ -5,6 +5,7 @@ From a text checkpoint: --set checkpoint.start_from=FOLDER/checkpoints/step-...
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from k25sys.data import MixedSource, Mixture, Tokenizer
 from k25sys.recipes.corpus import corpus_of
@@ -19,7 +20,7 @@ def config(preset_name: str) -> RunConfig:
     return replace(base, data=DataOptions(vision_budget=share))
 
 
-def mixture(run: RunConfig, tokenizer: Tokenizer) -> Mixture:
+def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
     """All sources of the corpus: within text and within vision each in the share that the corpus gives it."""
     sources = [MixedSource(source, weight) for source, weight in corpus_of(run, tokenizer)]
     return Mixture(sources, vision_budget=run.data.vision_budget, inject=run.data.inject)

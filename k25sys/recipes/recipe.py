@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from k25sys.data import Mixture, Tokenizer
 from k25sys.errors import ConfigError, message
@@ -31,7 +32,8 @@ class Recipe:
     summary: str
     config: Callable[[str], RunConfig]
     """The defaults for a preset."""
-    mixture: Callable[[RunConfig, Tokenizer], Mixture]
+    mixture: Callable[[RunConfig, Tokenizer, Path], Mixture]
+    """Of a run; the folder is for data that it generates. Rank 0 is the first to call it, alone."""
     model: Callable[[RunConfig], KimiK25Config] = model_of_preset
 
 

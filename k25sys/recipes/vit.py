@@ -5,6 +5,7 @@ pre-training starts from: --set checkpoint.start_from=FOLDER/checkpoints/step-..
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from k25sys.data import MixedSource, Mixture, Tokenizer
 from k25sys.recipes.corpus import corpus_of
@@ -26,7 +27,7 @@ def projector_config(preset_name: str) -> RunConfig:
     return replace(base, recipe="vit-projector", steps=min(base.steps, 1000), optimizer=frozen)
 
 
-def mixture(run: RunConfig, tokenizer: Tokenizer) -> Mixture:
+def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
     """Documents with media alone; text of theirs is what is learned from."""
     return Mixture([MixedSource(source, weight) for source, weight in corpus_of(run, tokenizer) if source.has_media])
 
