@@ -83,6 +83,10 @@ class SandboxError(RuntimeError):
     """The interpreter of a sandbox cannot be started."""
 
 
+class TrajectoryError(ValueError):
+    """A generated program does not solve its problem, or does not go as its text says."""
+
+
 class DivergenceError(RuntimeError):
     """Gradients that were not finite for many steps in a row; the parameters are those before them."""
 

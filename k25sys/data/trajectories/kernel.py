@@ -143,7 +143,9 @@ def _guard(folder: str) -> None:
             path, _, flags = arguments
             allowed = not flags & _WRITES or is_inside(path, None, follow=True)
         elif event in _PATHS:
-            pairs = [(arguments[p], None if b is None or b >= len(arguments) else arguments[b]) for p, b in _PATHS[event]]
+            pairs = [
+                (arguments[p], None if b is None or b >= len(arguments) else arguments[b]) for p, b in _PATHS[event]
+            ]
             allowed = all(is_inside(path, base, follow=False) for path, base in pairs)
         else:
             allowed = not event.startswith((*_REFUSED, "socket."))
@@ -176,7 +178,9 @@ def _confine(libc: ctypes.CDLL) -> bool:
     )
     buffer = ctypes.create_string_buffer(program, len(program))
     filters = ctypes.create_string_buffer(struct.pack("HP", size, ctypes.addressof(buffer)))
-    return libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and libc.prctl(_PR_SET_SECCOMP, _FILTER, filters, 0, 0) == 0
+    return (
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 and libc.prctl(_PR_SET_SECCOMP, _FILTER, filters, 0, 0) == 0
+    )
 
 
 def _read(fd: int, size: int) -> bytes:

@@ -134,7 +134,7 @@ def components(mask):
     '''
 def components(mask):
     """(size, (left, top, right, bottom)) of each connected region."""
-    image, found = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)), []
+    image, found = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).copy(), []
     while True:
         data = np.array(image)
         ys, xs = np.nonzero(data == 255)
@@ -145,9 +145,9 @@ def components(mask):
         ys, xs = np.nonzero(data == 128)
         found.append((len(ys), tuple(int(v) for v in (xs.min(), ys.min(), xs.max(), ys.max()))))
         data[ys, xs] = 0
-        image = Image.fromarray(data)
+        image = Image.fromarray(data).copy()
 ''',
-    '''
+    """
 from collections import deque
 
 def components(mask):
@@ -169,6 +169,6 @@ def components(mask):
         ys, xs = zip(*region)
         found.append((len(region), (min(xs), min(ys), max(xs), max(ys))))
     return found
-''',
+""",
 )
 """Programs of connected components, each as good as the others."""
