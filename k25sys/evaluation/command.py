@@ -31,21 +31,21 @@ def run(arguments: argparse.Namespace, load: "Callable[[], tuple[KimiK25, Tokeni
     if arguments.list:
         return task_table()
     if arguments.task is None or arguments.file is None:
-        raise ArgumentValueError(message("eval", "arguments", "no TASK or no FILE", "TASK FILE.jsonl, or --list"))
+        raise ArgumentValueError(message("run", "arguments", "no TASK or no FILE", "TASK FILE.jsonl, or --list"))
     task = _task(arguments)
     task.scoring()
     rows = read_rows(arguments.file, limit=arguments.limit)
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise ArgumentValueError(message("eval", "--json", repr(arguments.json), "a file in a folder that exists"))
+        raise ArgumentValueError(message("run", "--json", repr(arguments.json), "a file in a folder that exists"))
     from k25sys.evaluation.engine import ModelEngine
     from k25sys.evaluation.runner import check_rows, evaluate
 
     check_rows(task, rows, arguments.file)
     model, tokenizer = load()
     engine = ModelEngine(model, tokenizer, seed=arguments.seed, max_sequences=arguments.max_sequences)
-    weights = arguments.checkpoint or f"preset {arguments.preset}, random weights of seed {arguments.seed}"
+    weights = arguments.checkpoint or f"preset {arguments.preset} with random weights"
     report = evaluate(
-        task, rows, engine, label=f"{weights}, on {arguments.file}", file=arguments.file,
+        task, rows, engine, label=f"{weights}, seed {arguments.seed}, on {arguments.file}", file=arguments.file,
         batch=arguments.max_sequences, on_progress=_show_progress,
     )  # fmt: skip
     if arguments.json:

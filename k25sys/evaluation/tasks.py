@@ -68,7 +68,7 @@ class Task:
         if self.rule is None or self.needs:
             accepted = "a task that rules alone can score (eval --list)"
             hint = f"{self.title} needs {self.needs}, and a score without would be another benchmark's"
-            raise ArgumentValueError(message("eval", "task", repr(self.name), accepted, hint))
+            raise ArgumentValueError(message("Task.scoring", "task", repr(self.name), accepted, hint))
         return self.rule
 
 
@@ -78,7 +78,7 @@ def find_task(name: str) -> Task:
     if name not in by_name:
         near = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.5)
         accepted = f"a name of eval --list{', such as ' + ', '.join(near) if near else ''}"
-        raise ArgumentValueError(message("eval", "task", repr(name), accepted))
+        raise ArgumentValueError(message("find_task", "task", repr(name), accepted))
     return by_name[name]
 
 
@@ -131,15 +131,16 @@ def _reasoning() -> list[Task]:
 
 
 def _coding() -> list[Task]:
+    terminal = "an agent with a terminal in a container of each task"
     return [
         *_refused("coding", _REPOSITORY, (
             ("swe-bench-verified", "SWE-bench Verified", 76.8), ("swe-bench-pro", "SWE-bench Pro", 50.7),
             ("swe-bench-multilingual", "SWE-bench Multilingual", 73.0),
         ), 5, mode="instant"),
-        *_refused("coding", "an agent with a terminal in a container of each task", (
+        *_refused("coding", terminal, (
             ("terminal-bench-2", "Terminal-Bench 2.0", 50.8),
         ), 5, mode="instant"),
-        *_refused("coding", "an agent with a terminal in a container of each task", [("cybergym", "CyberGym", 41.3)], 5),
+        *_refused("coding", terminal, [("cybergym", "CyberGym", 41.3)], 5),
         *_refused("coding", "an agent that writes and runs code, and a judge with rubrics", (
             ("paperbench", "PaperBench", 63.5),
         ), 5),
