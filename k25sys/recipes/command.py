@@ -1,5 +1,7 @@
 """`python -m k25sys run`: a recipe, overridden by flags, on one process or under torchrun."""
 
+# pyright: reportPrivateImportUsage=false
+
 import argparse
 import json
 import os
@@ -11,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, TCPStore
 
 from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer
 from k25sys.errors import ArgumentValueError, ConfigError, message
@@ -92,9 +93,9 @@ def _ranks(config: RunConfig) -> Iterator[tuple[RankGrid, Monitor | None]]:
 def _monitor(rank: int, world_size: int) -> Monitor:
     """Over the launcher's store, which outlives every rank."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False, wait_for_workers=False)
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Monitor(PrefixStore(f"k25sys/monitor/{attempt}", store), rank, world_size)
+    return Monitor(dist.PrefixStore(f"k25sys/monitor/{attempt}", store), rank, world_size)
 
 
 def _tokenizer(config: RunConfig, model_config: KimiK25Config) -> Tokenizer:

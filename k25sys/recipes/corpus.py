@@ -21,9 +21,10 @@ def corpus_of(run: RunConfig, tokenizer: Tokenizer) -> Sequence[tuple[Source, fl
     Files in data.files take the place of the corpus's text: .jsonl has {"text": ...} a line, anything else is a
     document each.
     """
-    # Pictures of a quarter of a sequence at most, so that every sequence has room for some and their captions.
-    patches = max(16, run.batch.sequence_length)
-    corpus = sample_corpus(tokenizer, max_patches=min(patches, 4096), augmentation=Augmentation(), seed=run.seed)
+    # A story of four pictures, or of a video, must fit a sequence with all its text, which bytes make long.
+    length = run.batch.sequence_length
+    patches = min(4096, length) if length >= 4096 else max(16, length // 8)
+    corpus = sample_corpus(tokenizer, max_patches=patches, augmentation=Augmentation(), seed=run.seed)
     chosen = [source for source in corpus if source.has_media or not run.data.files]
     sources = [(source, _WEIGHTS.get(source.name, 1.0)) for source in chosen]
     sources += [

@@ -44,10 +44,9 @@ def base_config(recipe: str, preset_name: str) -> RunConfig:
         ConfigError: an unknown preset.
     """
     if preset_name in ("tiny", "small"):
-        length = 256 if preset_name == "tiny" else 512
         rate = 2e-3 if preset_name == "tiny" else 5e-4
         return RunConfig(
-            recipe=recipe, preset=preset_name, batch=BatchOptions(sequences=8, sequence_length=length),
+            recipe=recipe, preset=preset_name, batch=BatchOptions(sequences=8, sequence_length=512),
             vision=VisionOptions(max_patches=256),
             optimizer=OptimizerOptions(learning_rate=rate, final_learning_rate=rate / 10),
         )  # fmt: skip

@@ -35,6 +35,7 @@ def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
     if run.data.files:
         return Mixture([MixedSource(ConversationSource(file, tokenizer), 1.0) for file in run.data.files])
     count = _COUNT.get(run.preset, 10_000)
+    folder.mkdir(parents=True, exist_ok=True)
     source = generated_conversations(count, run.seed, tokenizer, folder / f"conversations-{count}-{run.seed}.jsonl")
     return Mixture([MixedSource(source, 1.0)])
 

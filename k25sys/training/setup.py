@@ -115,7 +115,8 @@ def _layers_of_stage(model_config: KimiK25Config, num_stages: int, config: RunCo
 
 def _optimizer(config: RunConfig, model: ParallelModel, grid: RankGrid) -> ZeroOptimizer:
     options = config.optimizer
-    names = [] if model.encoder is None else [n for n in model.parameters if not n.startswith("language_model.")]
+    # A micro-batch has any number of packs, and each of them gives the encoder a gradient.
+    names = [name for name in model.parameters if not name.startswith("language_model.")]
     return ZeroOptimizer(
         model.parameters, model.layouts, grid,
         MuonClipConfig(
