@@ -31,6 +31,7 @@ class GridCase:
     q_lora_rank: int | None = 24
     images: bool = True
     memory: tuple[str, ...] = ()
+    projector: str = "encoder"
 
     @property
     def bitwise(self) -> bool:
@@ -41,7 +42,8 @@ class GridCase:
         sizes = self.sizes
         axes = {"pp": sizes.pipeline, "dp": sizes.data, "cp": sizes.context, "tp": sizes.tensor, "ep": sizes.expert}
         axes["etp"] = sizes.expert_tensor
-        return " ".join([f"{name}{size}" for name, size in axes.items() if size > 1] + [self.schedule])
+        projected = ["projector in stage 0"] if self.projector == "stage0" else []
+        return " ".join([f"{name}{size}" for name, size in axes.items() if size > 1] + [self.schedule, *projected])
 
 
 def build(
@@ -67,7 +69,7 @@ def build(
         stages=schedule.stages_of(grid.index("pipeline")),
         dtype=dtype,
         seed=1,
-        options=ParallelOptions(memory=case.memory, vision=vision),
+        options=ParallelOptions(memory=case.memory, vision=vision, projector=case.projector),
     )
     return PipelineRuntime(lower(schedule), model.stages, grid, weight_grads=model.weight_grads), model
 
@@ -234,7 +236,11 @@ def test_stored_inputs_of_experts_on_other_ranks(sizes: GridSizes) -> None:
 def _refusals() -> list[str]:
     grid = RankGrid.create(GridSizes(data=2, expert=2))
     found = []
-    for options, layers in ((ParallelOptions(), (range(2), range(3, 4))),):
+    for options, layers in (
+        (ParallelOptions(projector="stage0"), (range(4),)),
+        (ParallelOptions(vision="dep", projector="stage1"), (range(4),)),
+        (ParallelOptions(), (range(2), range(3, 4))),
+    ):
         try:
             parallelize(
                 small_config(), grid, layers_of_stage=layers, stages=(0,), dtype=torch.float32, seed=0, options=options
@@ -244,7 +250,9 @@ def _refusals() -> list[str]:
     return found
 
 
-def test_layers_that_are_not_the_models_are_refused() -> None:
+def test_options_that_do_nothing_and_layers_that_are_not_the_models_are_refused() -> None:
     for found in run_ranks(2, _refusals):
-        assert len(found) == 1
-        assert "layers_of_stage" in found[0]
+        assert len(found) == 3
+        assert "projector: got 'stage0' with vision 'stage0'" in found[0]
+        assert "projector: got 'stage1', accepted 'encoder' or 'stage0'" in found[1]
+        assert "layers_of_stage" in found[2]
