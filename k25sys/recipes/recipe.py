@@ -48,7 +48,7 @@ def base_config(recipe: str, preset_name: str) -> RunConfig:
         return RunConfig(
             recipe=recipe, preset=preset_name, batch=BatchOptions(sequences=8, sequence_length=512),
             vision=VisionOptions(max_patches=256),
-            optimizer=OptimizerOptions(learning_rate=rate, final_learning_rate=rate / 10),
+            optimizer=OptimizerOptions(learning_rate=rate, final_learning_rate=rate / 10, balance_rate=0.02),
         )  # fmt: skip
     if preset_name not in ("moonlight", "k25"):
         raise ConfigError(message("run", "--preset", repr(preset_name), "tiny, small, moonlight, k25"))

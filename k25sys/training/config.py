@@ -11,6 +11,7 @@ from k25sys.parallel.grid import GridSizes
 
 PRECISIONS = ("fp32", "bf16")
 VISION_MODES = ("stage0", "dep")
+PROJECTORS = ("encoder", "stage0")
 C = TypeVar("C")
 
 
@@ -62,6 +63,8 @@ class VisionOptions:
     """stage0, or dep: by all ranks, decoupled from the pipeline."""
     max_patches: int = 4096
     """In a pack of the encoder."""
+    projector: str = "encoder"
+    """Under dep, where the projector lies: with the encoder, or in stage0."""
     deterministic: bool = False
     """Under dep: gradients that do not depend on the number of ranks, bit for bit."""
 
@@ -160,6 +163,7 @@ class RunConfig:
         for path, value, accepted in (
             ("precision", self.precision, PRECISIONS),
             ("vision.mode", self.vision.mode, VISION_MODES),
+            ("vision.projector", self.vision.projector, PROJECTORS),
         ):
             if value not in accepted:
                 raise ConfigError(message("run", path, repr(value), ", ".join(accepted)))

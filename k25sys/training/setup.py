@@ -67,7 +67,9 @@ def build(
     model = parallelize(
         model_config, grid, layers_of_stage=_layers_of_stage(model_config, schedule.num_stages, config),
         stages=schedule.stages_of(grid.index("pipeline")), dtype=dtype, seed=config.seed,
-        options=ParallelOptions(vision=mode, max_patches=config.vision.max_patches),
+        options=ParallelOptions(
+            vision=mode, max_patches=config.vision.max_patches, projector=config.vision.projector
+        ),
     )  # fmt: skip
     optimizer = _optimizer(config, model, grid)
     runtime: PipelineRuntime[MicroBatch] = PipelineRuntime(
@@ -154,7 +156,7 @@ def _encoder(
         trainable=any(parameter.requires_grad for parameter in model.encoder.parameters()),
     )  # fmt: skip
     return DecoupledEncoder(
-        model.encoder, grid, row_shape=(model_config.text.hidden_size,),
+        model.encoder, grid, row_shape=model.row_shape,
         rows_of=lambda clip: clip.grid[1] * clip.grid[2] // merge, dtype=DTYPES[config.precision], options=options,
     )  # fmt: skip
 

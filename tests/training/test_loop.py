@@ -124,6 +124,7 @@ def test_without_an_intact_checkpoint_nothing_is_resumed(tmp_path: Path) -> None
 
 GRIDS = [
     ("grid.pipeline=2", "grid.expert=2", "vision.mode=dep"),
+    ("grid.pipeline=2", "grid.tensor=2", "vision.mode=dep", "vision.projector=stage0"),
     ("grid.tensor=2", "grid.data=2", "vision.mode=dep", "pipeline.microbatches=1", "vision.max_patches=32"),
     ("grid.context=2", "grid.pipeline=2", "pipeline.schedule=zb_h1", "vision.max_patches=16"),
 ]
