@@ -185,6 +185,8 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from k25sys.recipes.command import list_recipes
 
     return _reported("recipes", list_recipes)
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from k25sys.evaluation.command import run
 

@@ -33,6 +33,7 @@ from k25sys.data.packing import PackedSequence
 from k25sys.data.sample import MediaItem, Sample, Source
 from k25sys.data.samples import SAMPLES, sample_file
 from k25sys.data.stream import TokenStream
+from k25sys.data.subset import Subset, hold_out
 from k25sys.data.tokenizer import (
     RELEASED_SPECIAL_TOKENS,
     ByteTokenizer,
@@ -62,6 +63,7 @@ __all__ = [
     "Sample",
     "Source",
     "SpecialTokens",
+    "Subset",
     "SystemTurn",
     "TiktokenTokenizer",
     "TokenStream",
@@ -71,6 +73,7 @@ __all__ = [
     "UserTurn",
     "VideoInfo",
     "VideoPart",
+    "hold_out",
     "image_grid",
     "parse_reply",
     "plan_resize",

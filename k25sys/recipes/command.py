@@ -22,7 +22,7 @@ from k25sys.parallel.faults import Monitor
 from k25sys.planner.plan import make_plan
 from k25sys.planner.report import table
 from k25sys.planner.request import PlanRequest
-from k25sys.recipes import find_recipe, recipes
+from k25sys.recipes import find_recipe, fusion_ablation, recipes
 from k25sys.training.config import RunConfig, override
 from k25sys.training.loop import Trainer
 
@@ -33,8 +33,10 @@ _TRAINING_BYTES = 16
 
 def list_recipes() -> str:
     """A line each."""
-    width = max(map(len, recipes()))
-    return "\n".join(f"{name:{width}}  {recipe.summary}" for name, recipe in recipes().items())
+    summaries = {name: recipe.summary for name, recipe in recipes().items()}
+    summaries[fusion_ablation.NAME] = fusion_ablation.SUMMARY
+    width = max(map(len, summaries))
+    return "\n".join(f"{name:{width}}  {summary}" for name, summary in summaries.items())
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         ConfigError, GridError, ... : one line that says what to change.
     """
+    if arguments.recipe == fusion_ablation.NAME:
+        return fusion_ablation.run(arguments)
     recipe = find_recipe(arguments.recipe)
     config = recipe.config(arguments.preset)
     if arguments.steps is not None:
@@ -57,7 +61,10 @@ def run(arguments: argparse.Namespace) -> str:
     tokenizer = _tokenizer(config, model_config)
     with _ranks(config) as (grid, monitor):
         mixture = _in_turn(grid, lambda: recipe.mixture(config, tokenizer, Path(arguments.output) / "data"))
-        trainer = Trainer(config, model_config, mixture, grid, arguments.output, monitor=monitor)
+        validation = None if recipe.validation is None else recipe.validation(config, tokenizer)
+        trainer = Trainer(
+            config, model_config, mixture, grid, arguments.output, validation=validation, monitor=monitor
+        )  # fmt: skip
         step = trainer.run(resume=arguments.resume)
         done = "done" if step == config.steps else "stopped when asked to; --resume goes on"
         return f"{arguments.output}: step {step} of {config.steps}, {done}" if grid.rank == 0 else ""

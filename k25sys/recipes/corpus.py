@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from k25sys.data import Source, Tokenizer
+from k25sys.data import MixedSource, Mixture, Source, Tokenizer, hold_out
 from k25sys.data.augmentation import Augmentation
 from k25sys.data.corpus import sample_corpus
 from k25sys.data.drawn import DRAWN_KINDS, DrawnPictures
@@ -16,7 +16,22 @@ _DRAWN = 100_000
 
 
 def corpus_of(run: RunConfig, tokenizer: Tokenizer) -> Sequence[tuple[Source, float]]:
-    """Sources with their weights within text and within vision.
+    """Sources with their weights within text and within vision, without the documents that are held out."""
+    return [(hold_out(source)[0], weight) for source, weight in _whole_corpus(run, tokenizer)]
+
+
+def held_out_of(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Mixture]:
+    """Every twentieth document of each source, of text and of vision."""
+    kinds: dict[str, list[MixedSource]] = {"text": [], "vision": []}
+    for source, weight in _whole_corpus(run, tokenizer):
+        held_out = hold_out(source)[1]
+        if held_out is not None:
+            kinds["vision" if source.has_media else "text"].append(MixedSource(held_out, weight))
+    return {kind: Mixture(sources) for kind, sources in kinds.items() if sources}
+
+
+def _whole_corpus(run: RunConfig, tokenizer: Tokenizer) -> Sequence[tuple[Source, float]]:
+    """The corpus and the drawn pictures.
 
     Files in data.files take the place of the corpus's text: .jsonl has {"text": ...} a line, anything else is a
     document each.

@@ -9,6 +9,7 @@ The presets have YaRN's tables for all of it; what a stage changes is the length
 from dataclasses import replace
 
 from k25sys.recipes import pretrain
+from k25sys.recipes.corpus import held_out_of
 from k25sys.recipes.recipe import Recipe, base_config
 from k25sys.training.config import BatchOptions, GridOptions, RunConfig
 
@@ -35,4 +36,5 @@ RECIPE = Recipe(
     summary="joint mid-training on long sequences, 32k and then 262k",
     config=config,
     mixture=pretrain.mixture,
+    validation=held_out_of,
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from k25sys.data import MixedSource, Mixture, Tokenizer
-from k25sys.recipes.corpus import corpus_of
+from k25sys.recipes.corpus import corpus_of, held_out_of
 from k25sys.recipes.recipe import Recipe, base_config
 from k25sys.training.config import DataOptions, RunConfig
 
@@ -31,4 +31,5 @@ RECIPE = Recipe(
     summary="joint text and vision pre-training, early fusion, from scratch or from a checkpoint",
     config=config,
     mixture=mixture,
+    validation=held_out_of,
 )

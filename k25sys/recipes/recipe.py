@@ -1,6 +1,6 @@
 """What a recipe is, and the sizes that all of them share for each preset."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Recipe:
     """The defaults for a preset."""
     mixture: Callable[[RunConfig, Tokenizer, Path], Mixture]
     """Of a run; the folder is for data that it generates. Rank 0 is the first to call it, alone."""
+    validation: Callable[[RunConfig, Tokenizer], Mapping[str, Mixture]] | None = None
+    """Documents that are held out, by kind."""
     model: Callable[[RunConfig], KimiK25Config] = model_of_preset
 
 

@@ -115,6 +115,16 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Losses of documents that are held out."""
+
+    every: int | None = None
+    """Steps between; None: none."""
+    batches: int = 1
+    """Global batches of each kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
     """When state is saved."""
 
@@ -156,6 +166,7 @@ class RunConfig:
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
 

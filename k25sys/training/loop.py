@@ -31,7 +31,9 @@ from k25sys.training.weights import load_weights
 
 _MOST_SKIPPED = 10
 """Steps in a row whose gradients were not finite."""
-_MAY_DIFFER = ("steps", "grid.", "pipeline.", "vision.", "checkpoint.", "report.", "data.workers", "optimizer.")
+_MAY_DIFFER = (
+    "steps", "grid.", "pipeline.", "vision.", "checkpoint.", "report.", "validation.", "data.workers", "optimizer.",
+)  # fmt: skip
 """Of a run that is resumed: what changes no data and no numbers of the past."""
 
 
@@ -43,6 +45,7 @@ class Trainer:
         model_config: the model that its preset, or its recipe, means.
         mixture: what it reads.
         grid: of all ranks.
+        validation: by kind, documents that are held out; see config.validation.
         output: the folder of its files (INTERFACES, "Running a recipe"), shared by all ranks.
         monitor: names the rank at fault when a wait for another one fails.
     """
@@ -55,11 +58,14 @@ class Trainer:
         grid: RankGrid,
         output: str | os.PathLike[str],
         *,
+        validation: Mapping[str, Mixture] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
-        self.parts: Parts = build(config, model_config, mixture, grid, monitor=monitor, recorder=self._recorder)
+        self.parts: Parts = build(
+            config, model_config, mixture, grid, validation=validation, monitor=monitor, recorder=self._recorder
+        )  # fmt: skip
         options = config.checkpoint
         self.output.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(
@@ -165,6 +171,8 @@ class Trainer:
             **self._speed(batch, stepped - start),
             "seconds": {"data": read - start, "step": stepped - read},
         }
+        if self.config.validation.every is not None and step % self.config.validation.every == 0:
+            metrics["validation"] = self.validate()
         for writer in writers:
             writer.write(metrics)
         self._skipped = 0 if outcome.finite else self._skipped + 1
@@ -174,6 +182,18 @@ class Trainer:
                 f"those after step {step - _MOST_SKIPPED}; lower optimizer.learning_rate, or look at the data"
             )
         return stopping
+
+    def validate(self) -> dict[str, float]:
+        """The mean loss of each kind of held-out documents. Collective over the grid."""
+        losses: dict[str, float] = {}
+        for name, batches in self.parts.validation.items():
+            total, loss_tokens = 0.0, 0
+            for sequences in batches:
+                batch = self.parts.batches.make(sequences)
+                total += self.parts.step.evaluate(batch.microbatches, media=batch.media) * batch.loss_tokens
+                loss_tokens += batch.loss_tokens
+            losses[name] = total / max(1, loss_tokens)
+        return losses
 
     def _agree(self, outcome: StepOutcome) -> tuple[int, bool, float]:
         """Heads clipped in the whole model, whether any rank was asked to stop, the worst router's load."""
