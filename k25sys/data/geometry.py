@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels unless a name says patches. Source: the rele
 
 import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,12 @@ def plan_resize(
     if padded_patches is not None and plan.num_tokens * MERGE**2 > padded_patches:
         cells = padded_patches // MERGE**2
         most_rows = min(cells, _round_up(height) // CELL)
-        scale = max(min(rows * CELL / height, cells // rows * CELL / width) for rows in range(1, most_rows + 1))
-        plan = _scaled(height, width, scale, longest)
+        # Exact, so that the side that decides fills its cells.
+        fits = (
+            min(Fraction(rows * CELL, height), Fraction(cells // rows * CELL, width))
+            for rows in range(1, most_rows + 1)
+        )
+        plan = _scaled(height, width, max(fits), longest)
     return plan
 
 
@@ -176,7 +181,7 @@ def timestamp(frame: int, fps: float) -> str:
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"
 
 
-def _scaled(height: int, width: int, scale: float, longest: int) -> ResizePlan:
+def _scaled(height: int, width: int, scale: float | Fraction, longest: int) -> ResizePlan:
     resized = (min(max(1, int(height * scale)), longest), min(max(1, int(width * scale)), longest))
     return ResizePlan(resized=resized, padded=(_round_up(resized[0]), _round_up(resized[1])))
 

@@ -49,6 +49,30 @@ def test_sizes_equal_transformers(module: str, height: int, width: int, max_patc
 
 
 @settings(max_examples=500)
+@example(height=1, width=100_000, padded_patches=4)
+@given(height=SIZES, width=SIZES, padded_patches=st.integers(4, 300))
+def test_bound_on_the_padded_size(height: int, width: int, padded_patches: int) -> None:
+    released = plan_resize(height, width, max_patches=16384, side_patches=512)
+    plan = plan_resize(height, width, max_patches=16384, side_patches=512, padded_patches=padded_patches)
+    if released.num_tokens * 4 <= padded_patches:
+        assert plan == released
+        return
+    assert plan.num_tokens * 4 <= padded_patches
+
+    def sides(scale: float) -> list[int]:
+        return [max(1, int(side * scale)) for side in (height, width)]
+
+    least, most = 0.0, 1.0  # the largest scale that fits, by halving
+    for _ in range(60):
+        middle = (least + most) / 2
+        fits = math.prod(-(-side // 28) for side in sides(middle)) * 4 <= padded_patches
+        least, most = (middle, most) if fits else (least, middle)
+    for resized, below, above in zip(plan.resized, sides(least), sides(most), strict=True):
+        assert below <= resized <= above + 1
+    assert any(size % 28 == 0 for size in plan.resized), "no side fills its cells"
+
+
+@settings(max_examples=500)
 @given(num_frames=st.integers(1, 5000), fps=st.floats(0.05, 240), limit=st.none() | st.integers(1, 50))
 def test_sampled_frames(num_frames: int, fps: float, limit: int | None) -> None:
     frames = sample_frames(num_frames, fps, MediaLimits(max_frames=limit))

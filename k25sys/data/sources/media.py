@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor
 
 from k25sys.data.augmentation import Augmentation, AugmentationPlan, plan_augmentation
-from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits, plan_image, video_grids, video_timestamps
+from k25sys.data.geometry import PATCH, RELEASED_LIMITS, MediaLimits, plan_image, video_grids, video_timestamps
 from k25sys.data.images import Source as File
 from k25sys.data.images import normalised_patches, preprocess_image, read_image, read_image_size, source_name
 from k25sys.data.sample import MediaItem
@@ -61,7 +61,7 @@ class MediaFiles:
         self.source, self.limits, self._open = source, limits, open_file
         self._sizes: LatestUsed[tuple[int, int]] = LatestUsed(_METADATA_KEPT)
         self._clips: LatestUsed[tuple[list[tuple[int, int, int]], list[str]]] = LatestUsed(_METADATA_KEPT)
-        self._decoded: LatestUsed[tuple[Tensor, list[list[int]]]] = LatestUsed(1)
+        self._decoded: LatestUsed[tuple[Tensor, Tensor]] = LatestUsed(1)
 
     def image(
         self,
@@ -113,41 +113,41 @@ class MediaFiles:
             OSError, ImportError, other ValueErrors: as `preprocess_image` and `preprocess_video`.
         """
         wanted = _read(key)
-        if "image" in wanted:
-            file = self._open(wanted["image"])
-            if "augmentation" in wanted:
-                changes = AugmentationPlan.from_key(wanted["augmentation"])
-                patches = normalised_patches(changes.apply(read_image(file, self.limits)))
-                grid = [1, changes.canvas[0] // 14, changes.canvas[1] // 14]
-            else:
-                patches, grid_thw = preprocess_image(file, self.limits)
-                grid = grid_thw[0].tolist()
-        else:
-            reference, number = wanted["video"], wanted["clip"]
+        reference = wanted["image"] if "image" in wanted else wanted["video"]
+        try:
             file = self._open(reference)
-            all_patches, grids = self._decoded.get(json.dumps(reference), lambda: self._decode(reference))
-            grid = grids[number] if number < len(grids) else []
-            start = sum(t * h * w for t, h, w in grids[:number])
-            patches = all_patches[start : start + wanted["grid"][0] * wanted["grid"][1] * wanted["grid"][2]].clone()
+        except (TypeError, LookupError) as error:
+            accepted = f"one that {self.source} gave"
+            raise ArgumentValueError(message("MediaFiles.pixels", "key", repr(key), accepted)) from error
+        patches, grid = self._image(file, wanted) if "image" in wanted else self._clip(file, wanted)
         if grid != wanted["grid"]:
             hint = "the file was changed, or it is a video whose packets are not one a frame: encode it anew"
             got = f"a grid of {grid} for {key}"
             raise FileFormatError(message("MediaFiles.pixels", source_name(file), got, str(wanted["grid"]), hint))
         return patches
 
+    def _image(self, file: "File | Image.Image", wanted: dict[str, Any]) -> tuple[Tensor, list[int]]:
+        if "augmentation" not in wanted:
+            patches, grid_thw = preprocess_image(file, self.limits)
+            return patches, grid_thw[0].tolist()
+        changes = AugmentationPlan.from_key(wanted["augmentation"])
+        patches = normalised_patches(changes.apply(read_image(file, self.limits)))
+        return patches, [1, changes.canvas[0] // PATCH, changes.canvas[1] // PATCH]
+
+    def _clip(self, file: Any, wanted: dict[str, Any]) -> tuple[Tensor, list[int]]:
+        known, number = json.dumps(wanted["video"]), wanted["clip"]
+        patches, grids = self._decoded.get(known, lambda: preprocess_video(file, self.limits)[:2])
+        if number >= len(grids):
+            return patches[:0], []
+        sizes = grids.prod(1).tolist()
+        start = sum(sizes[:number])
+        return patches[start : start + sizes[number]].clone(), grids[number].tolist()
+
     def _video_metadata(self, reference: Any) -> tuple[list[tuple[int, int, int]], list[str]]:
-        info = read_video_info(_as_file(self._open(reference)), self.limits)
+        file: Any = self._open(reference)
+        info = read_video_info(file, self.limits)
         grids = video_grids(info.num_frames, info.fps, info.height, info.width, self.limits)
         return grids, video_timestamps(info.num_frames, info.fps, self.limits)
-
-    def _decode(self, reference: Any) -> tuple[Tensor, list[list[int]]]:
-        pixel_values, grid_thw, _ = preprocess_video(_as_file(self._open(reference)), self.limits)
-        return pixel_values, grid_thw.tolist()
-
-
-def _as_file(opened: "File | Image.Image") -> File:
-    assert not hasattr(opened, "getpixel"), "a picture in place of a video file"
-    return opened  # pyright: ignore[reportReturnType]
 
 
 def _written(key: dict[str, Any]) -> str:
@@ -160,8 +160,9 @@ def _read(key: str) -> dict[str, Any]:
         fields = wanted.keys()
         is_sound = fields in ({"image", "grid"}, {"image", "grid", "augmentation"}, {"video", "clip", "grid"})
         numbers = [*wanted["grid"], wanted.get("clip", 0)]
-        is_sound = is_sound and len(numbers) == 4 and all(type(n) is int and n >= 0 for n in numbers)
-    except (ValueError, TypeError, AttributeError, KeyError):
+        is_sound = is_sound and isinstance(wanted.get("augmentation", ""), str) and len(numbers) == 4
+        is_sound = is_sound and all(type(n) is int and n >= 0 for n in numbers)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         is_sound = False
     if not is_sound:
         raise ArgumentValueError(message("MediaFiles.pixels", "key", repr(key), _KEY_FORM))
