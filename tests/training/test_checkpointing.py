@@ -123,10 +123,19 @@ def _write(parent: str, of: GridCase, vision: str) -> None:
     run.train(0)
     run.train(1)
     assert checkpoints.due(2)
-    checkpoints.save(2, run.model, run.optimizer, EXTRA)
-    write_dump(run, folder, "second")
-    loss = run.train(2)
-    checkpoints.wait()
+    trained, write = threading.Event(), distributed.save_file
+
+    def write_later(*args: Any, **options: Any) -> None:
+        assert grid.rank > 0 or trained.wait(60)  # the other ranks' threads are in an exchange all the while
+        write(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "save_file", write_later)
+        checkpoints.save(2, run.model, run.optimizer, EXTRA)
+        write_dump(run, folder, "second")
+        loss = run.train(2)
+        trained.set()
+        checkpoints.wait()
     write_dump(run, folder, "third")
     if grid.group("world") is not None:
         dist.barrier()
@@ -306,6 +315,22 @@ def test_old_ones_go_after_new_ones_are_there(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step-00000004", "step-00000005"]
 
 
+def test_refused_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+    checkpoints, state, _ = make(tmp_path, keep=3)
+    save(checkpoints, state, 3, 4, 5)
+    checkpoints.wait()
+    for step in (4, 5):
+        (tmp_path / f"step-0000000{step}" / "index.json").unlink()
+    again, state, lines = make(tmp_path)
+    assert again.load_latest(state.model, state.optimizer) is not None
+    assert (state.value(), len(lines)) == (3.0, 2)
+    kept = {4: [3, 4, 5], 6: [4, 5, 6], 7: [6, 7]}  # two that are good, and what is newer than the older of them
+    for step, steps in kept.items():
+        save(again, state, step)
+        again.wait()
+        assert names(tmp_path) == ["latest", *(f"step-0000000{each}" for each in steps)]
+
+
 def test_none_and_none_intact(tmp_path: Path) -> None:
     checkpoints, state, lines = make(tmp_path / "new")
     assert checkpoints.load_latest(state.model, state.optimizer) is None
@@ -330,7 +355,8 @@ def test_what_a_crash_left_is_removed_at_the_start(tmp_path: Path) -> None:
 
 
 def test_arguments(tmp_path: Path) -> None:
-    for options in ({"every": 0}, {"every": 1, "keep": 1}, {"every": True}):
+    wrong: list[dict[str, Any]] = [{"every": 0}, {"every": 1, "keep": 1}, {"every": True}]
+    for options in wrong:
         with pytest.raises(ArgumentValueError, match=r"Checkpoints: (every|keep): got"):
             Checkpoints(tmp_path, RankGrid.create(ONE), **options)
     checkpoints = Checkpoints(tmp_path, RankGrid.create(ONE), every=3)
