@@ -5,6 +5,7 @@
 import argparse
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,6 +90,8 @@ def _ranks(config: RunConfig) -> Iterator[tuple[RankGrid, Monitor | None]]:
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Of torch 2.13, which renames collectives that earlier versions have under the old names alone.
+    warnings.filterwarnings("ignore", message=r".*_tensor` is deprecated", category=FutureWarning)
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         with _monitor(dist.get_rank(), world_size) as monitor:

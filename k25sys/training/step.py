@@ -81,7 +81,11 @@ class TrainStep:
         losses, patches = self._pass(microbatches, media, train=True)
         factors, clipped = self._clip_factors()
         report = self.optimizer.step(learning_rate, factors)
-        load = self.balancer.update() if self.balancer is not None and report.finite else {}
+        load: dict[str, float] = {}
+        if self.balancer is not None and report.finite:
+            load = self.balancer.update()
+        elif self.balancer is not None:
+            self.balancer.forget()
         return StepOutcome(
             loss=self._loss(losses), gradient_norm=report.gradient_norm, finite=report.finite,
             heads_clipped=clipped, expert_load=load, patches_encoded=patches,
