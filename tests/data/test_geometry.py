@@ -2,6 +2,7 @@
 
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -58,18 +59,13 @@ def test_bound_on_the_padded_size(height: int, width: int, padded_patches: int) 
         assert plan == released
         return
     assert plan.num_tokens * 4 <= padded_patches
-
-    def sides(scale: float) -> list[int]:
-        return [max(1, int(side * scale)) for side in (height, width)]
-
-    least, most = 0.0, 1.0  # the largest scale that fits, by halving
-    for _ in range(60):
-        middle = (least + most) / 2
-        fits = math.prod(-(-side // 28) for side in sides(middle)) * 4 <= padded_patches
-        least, most = (middle, most) if fits else (least, middle)
-    for resized, below, above in zip(plan.resized, sides(least), sides(most), strict=True):
-        assert below <= resized <= above + 1
-    assert any(size % 28 == 0 for size in plan.resized), "no side fills its cells"
+    # The largest scale that fits, of those at which a side fills its cells.
+    scales = (Fraction(28 * cells, side) for side in (height, width) for cells in range(1, -(-side // 28) + 1))
+    for scale in sorted(scales, reverse=True):
+        if math.prod(math.ceil(side * scale / 28) for side in (height, width)) * 4 <= padded_patches:
+            assert plan.resized == tuple(max(1, int(side * scale)) for side in (height, width))
+            return
+    raise AssertionError("no scale fits")
 
 
 @settings(max_examples=500)
