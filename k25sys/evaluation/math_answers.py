@@ -21,7 +21,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(
     r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d*)?(?:[eE][+-]?\d{1,3}(?!\d))?|\.\d+(?:[eE][+-]?\d{1,3}(?!\d))?"
 )
-_IN_PROSE = re.compile(rf"(?<![\w.])[-\u2212]?(?:{_NUMBER.pattern})(?:\s*/\s*\d+)?")
+_IN_PROSE = re.compile(rf"(?<![\w.])[-\u2212]?(?:{_NUMBER.pattern})(?:\s*/\s*\d+)?(?![\w^]|\.\d)")
 _PLAIN = re.compile(rf"\s*\$?\s*(?P<number>[-\u2212+]?(?:{_NUMBER.pattern}))\s*(?P<percent>%?)\s*\.?\s*")
 _SPACES = re.compile(r"\\[!,;: ]|~|\\q?quad\b|\\left\b|\\right\b|\\displaystyle\b|\$")
 _NAME = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?\s*=\s*")
@@ -122,7 +122,7 @@ def _stated_answer(reply: str) -> tuple[str, bool]:
         return (reply[start:end].strip() if end is not None else ""), True
     stated = list(_STATED.finditer(reply))
     text = stated[-1]["answer"] if stated else reply
-    return text.strip().strip("*_").strip().removesuffix("."), False
+    return text.strip().strip("*_").removesuffix(".").strip("*_ "), False
 
 
 def _closing(text: str, start: int) -> int | None:
@@ -138,7 +138,7 @@ def _closing(text: str, start: int) -> int | None:
 
 def _quantity(text: str) -> tuple[Value, str] | None:
     """A value and its unit."""
-    if len(text) > _LONGEST:
+    if len(text) > _LONGEST or "\n" in text.strip():
         return None
     text = _NAME.sub("", _SPACES.sub(" ", text.replace(r"\$", "").replace("{,}", ",")).strip()).removesuffix(".")
     match = _UNIT.search(text)

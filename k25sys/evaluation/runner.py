@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from k25sys.errors import ArgumentValueError, message
+from k25sys.errors import ArgumentValueError, FileFormatError, message
 from k25sys.evaluation.engine import Engine, Reply, Sampling
 from k25sys.evaluation.estimates import Average, average_at_k
 from k25sys.evaluation.rows import Prompt, Row, row_error
@@ -117,7 +117,10 @@ def evaluate(
     sampling, items = Sampling(**common), []
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        replies = engine.generate([prompt_of(row, rule.instruction) for row in some], sampling)
+        try:
+            replies = engine.generate([prompt_of(row, rule.instruction) for row in some], sampling)
+        except ValueError as error:  # of media or lengths, which the engine knows by their place in the batch
+            raise FileFormatError(f"evaluate: {file} lines {some[0].line} to {some[-1].line}: {error}") from error
         if [len(each) for each in replies] != [task.num_samples] * len(some):
             got = f"{[len(each) for each in replies]} replies"
             raise ArgumentValueError(message("evaluate", "engine", got, f"{task.num_samples} to each of {len(some)}"))
