@@ -169,22 +169,14 @@ def missing(original: Path) -> Iterator[Fault]:
                     lambda folder, pair=(name, other): [(folder / n).unlink() for n in pair],
                 )
 
-    def nothing(folder: Path) -> None:
+    def instead(make: Callable[[Path], Any], folder: Path) -> None:
         shutil.rmtree(folder)
-        folder.mkdir()
+        make(folder)
 
-    def a_file(folder: Path) -> None:
-        shutil.rmtree(folder)
-        folder.write_text("checkpoint")
-
-    def a_link(to: str, folder: Path) -> None:
-        shutil.rmtree(folder)
-        folder.symlink_to(to)
-
-    yield "an empty folder", nothing
-    yield "a file", a_file
+    yield "an empty folder", partial(instead, Path.mkdir)
+    yield "a file", partial(instead, Path.touch)
     for to in ("/nowhere", "/etc", "step-00000004", NEWEST, "."):
-        yield f"a link to {to}", partial(a_link, to)
+        yield f"a link to {to}", partial(instead, lambda path, to=to: path.symlink_to(to))
 
 
 def swapped(original: Path) -> Iterator[Fault]:
