@@ -25,6 +25,8 @@ def main() -> int:
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     generate.add_argument("--video", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     _add_model_arguments(generate)
+    generate.add_argument("--plain", action="store_true", help="media, then TEXT, to be continued: no conversation")
+    generate.add_argument("--max-patches", type=int, metavar="N", help="of a picture or frame; larger ones are shrunk")
     generate.add_argument("--max-new-tokens", type=int, default=16)
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -155,19 +157,40 @@ def _check_same_tokens(tokenizer: "Tokenizer", model: "KimiK25") -> None:
 
 
 def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens":
-    from k25sys.data import ImagePart, UserTurn, VideoPart, preprocess_image, preprocess_video, render_chat, sample_file
+    from k25sys.data import (
+        ChatTokens,
+        ImagePart,
+        MediaLimits,
+        UserTurn,
+        VideoPart,
+        preprocess_image,
+        preprocess_video,
+        render_chat,
+        sample_file,
+    )  # fmt: skip
+    from k25sys.data.media_text import clip_tokens
 
     def path_of(name: str) -> Path:
         return sample_file(name.removeprefix("sample:")) if name.startswith("sample:") else Path(name)
 
-    content: list[str | ImagePart | VideoPart] = []
+    limits = MediaLimits(padded_patches=arguments.max_patches)
+    content: list[ImagePart | VideoPart] = []
     for name in arguments.image:
-        pixels, grid = preprocess_image(path_of(name))
+        pixels, grid = preprocess_image(path_of(name), limits)
         content.append(ImagePart(pixel_values=pixels, grid_thw=grid))
     for name in arguments.video:
-        pixels, grid, timestamps = preprocess_video(path_of(name))
+        pixels, grid, timestamps = preprocess_video(path_of(name), limits)
         content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
-    return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+    if not arguments.plain:
+        return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+    ids: list[int] = []
+    for part in content:
+        kind = "image" if isinstance(part, ImagePart) else "video"
+        for number, grid_thw in enumerate(part.grid_thw.tolist()):
+            ids += tokenizer.encode(part.timestamps[number]) if isinstance(part, VideoPart) else []
+            ids += clip_tokens(kind, grid_thw, tokenizer)
+    ids += tokenizer.encode(arguments.prompt)
+    return ChatTokens(token_ids=ids, loss_mask=[False] * len(ids), media=content)
 
 
 def _run(arguments: argparse.Namespace) -> int:
