@@ -53,8 +53,8 @@ def decouple(
         cost=EncoderCost.from_sizes(dim=16, mlp_dim=24, num_layers=2), max_patches=16384, deterministic=deterministic
     )
     return DecoupledEncoder(
-        model.encoder, grid, row_shape=model.row_shape, rows_of=lambda clip: clip.grid[1] * clip.grid[2] // 4, dtype=dtype,
-        options=options,
+        model.encoder, grid, row_shape=model.row_shape, rows_of=lambda clip: clip.grid[1] * clip.grid[2] // 4,
+        dtype=dtype, options=options,
     )  # fmt: skip
 
 
