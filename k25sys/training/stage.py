@@ -150,6 +150,10 @@ class Stage(nn.Module):
         with self.memory.saving():
             hidden_TD = self._embed(microbatch, local) if self.first else x_TD
             assert hidden_TD is not None
+            if torch.is_grad_enabled() and not hidden_TD.requires_grad:
+                # With frozen embeddings, only ranks with media among their tokens have a gradient here; but those that
+                # share layers exchange tokens in the backward, all of them or none.
+                hidden_TD = hidden_TD.detach().requires_grad_()
             tables = text_tables(self.config.text, local.documents.positions_T)
             for layer, max_logits_H in zip(self.layers, self.max_logits_LH, strict=True):
                 hidden_TD = layer(hidden_TD, tables, local.documents, max_logits_H=max_logits_H)

@@ -139,7 +139,8 @@ class DecoupledEncoder:
         )
         owners = {clip: ranks[0] for pack, ranks in zip(plan.packs, plan.owners, strict=True) for clip in pack.clips}
         routes = Routes.make(owners, self.rows_of, consumers)
-        self._step = _Step(plan, routes, load_pixels, train and self.options.trainable)
+        trainable = self.options.trainable and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        self._step = _Step(plan, routes, load_pixels, train and trainable)
         return plan
 
     def schedule(self, backbone: Schedule) -> Schedule:
