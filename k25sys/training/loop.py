@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,6 +62,7 @@ class Trainer:
         validation: Mapping[str, Mixture] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
+        config = _resolved(config, grid)
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
         self.parts: Parts = build(
@@ -250,6 +252,15 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
+
+
+def _resolved(config: RunConfig, grid: RankGrid) -> RunConfig:
+    """What the grid and the batch leave open, said."""
+    data = grid.size("data")
+    microbatches = config.pipeline.microbatches or max(1, config.batch.sequences // data)
+    return replace(
+        config, grid=replace(config.grid, data=data), pipeline=replace(config.pipeline, microbatches=microbatches)
+    )  # fmt: skip
 
 
 def _peak_flops(grid: RankGrid) -> float | None:
