@@ -165,6 +165,7 @@ class Trainer:
             "loss_tokens": batch.loss_tokens,
             "tokens_by_source": batch.tokens_by_source,
             "patches": batch.patches,
+            **_balance(outcome),
             "learning_rate": rate,
             "gradient_norm": outcome.gradient_norm,
             "finite": outcome.finite,
@@ -252,6 +253,14 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
+
+
+def _balance(outcome: StepOutcome) -> dict[str, float]:
+    """Of a decoupled encoder: its fullest rank's load over the mean, and the least that any plan could have."""
+    plan = outcome.encoding
+    if plan is None:
+        return {}
+    return {"encoder_max_over_mean": plan.max_over_mean, "encoder_over_lower_bound": plan.over_lower_bound}
 
 
 def _resolved(config: RunConfig, grid: RankGrid) -> RunConfig:

@@ -113,4 +113,10 @@ def test_stage0_does_not_hold_the_media_of_a_step(ranks: int, schedule_name: str
     found = run_ranks(ranks, _check, GridSizes(pipeline=ranks), schedule_name)[0]
     text_only, _ = found["no images"]
     for mix, (peak, share) in found.items():
-        print(mix, peak, share, (peak - text_only) / ROW_BYTES / MOST_ROWS, (peak - text_only - share) / ROW_BYTES / MOST_ROWS)
+        print(
+            mix,
+            peak,
+            share,
+            (peak - text_only) / ROW_BYTES / MOST_ROWS,
+            (peak - text_only - share) / ROW_BYTES / MOST_ROWS,
+        )

@@ -108,7 +108,6 @@ class RowMessages:
     dtype: torch.dtype
     device: torch.device
     row_shape: tuple[int, ...]
-    tag: int
     _sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
     _receives: dict[tuple[MicroBatchKey, int], tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
 
@@ -118,7 +117,7 @@ class RowMessages:
         if target == rank:
             self._receives[key, rank] = (None, rows)
             return
-        work = dist.isend(rows, target, group=self.group, tag=self.tag)
+        work = dist.isend(rows, target, group=self.group)
         assert work is not None
         self._sends.append((work, rows))
 
@@ -127,7 +126,7 @@ class RowMessages:
         if source == rank or (key, source) in self._receives:
             return
         rows = torch.empty((num_rows, *self.row_shape), dtype=self.dtype, device=self.device)
-        work = dist.irecv(rows, source, group=self.group, tag=self.tag)
+        work = dist.irecv(rows, source, group=self.group)
         assert work is not None
         self._receives[key, source] = (work, rows)
 
@@ -144,6 +143,11 @@ class RowMessages:
             work.wait()
         self._sends.clear()
         assert not self._receives, list(self._receives)
+
+    def abandon(self) -> None:
+        """Lets go of everything, of a step that failed."""
+        self._sends.clear()
+        self._receives.clear()
 
     @property
     def bytes_waiting(self) -> int:
