@@ -135,8 +135,8 @@ def test_another_process_gives_the_same(sources: dict[str, Source]) -> None:
         assert pool.starmap(digest, [(list(sources.values()), epoch) for epoch in (0, 1)]) == expected
 
 
-def test_what_a_pickled_source_carries(sources: dict[str, Source]) -> None:
-    source = sources["videos"]
+def test_what_a_pickled_source_carries(folder: Path) -> None:
+    source = VideoText.from_json_lines("videos", BYTES, folder / "videos.jsonl", limits=LIMITS)
     before = len(pickle.dumps(source))
     source.pixels(source.sample(0, 0).media[0].key)
     assert len(pickle.dumps(source)) == before
