@@ -110,7 +110,7 @@ def _check(sizes: GridSizes, schedule_name: str) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("schedule_name", ["1f1b", "interleaved_1f1b", "gpipe", "zb_h1"])
 def test_stage0_does_not_hold_the_media_of_a_step(ranks: int, schedule_name: str) -> None:
-    found = run_ranks(ranks, _check, GridSizes(pipeline=ranks), schedule_name)[0]
+    found = run_ranks(ranks, _check, GridSizes(pipeline=ranks), schedule_name, timeout=40)[0]
     text_only, _ = found["no images"]
     for mix, (peak, share) in found.items():
         print(mix, peak, share, (peak - text_only) / ROW_BYTES / MOST_ROWS, (peak - text_only - share) / ROW_BYTES / MOST_ROWS)
