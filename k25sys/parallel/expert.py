@@ -153,6 +153,8 @@ class ExpertParallel(nn.Module):
         """The local experts; their weights' gradients are handed to `put`, and land where `store` would put them."""
         weights = (self.gate_up_proj, self.down_proj)
         main_grads = [getattr(weight, "main_grad", None) for weight in weights]
+        if any(main_grad is None for main_grad in main_grads):  # one is frozen: the other's gradient is added below
+            main_grads = [None, None]
 
         def defer(compute: ops.WeightGrads) -> None:
             def land() -> None:

@@ -113,7 +113,7 @@ def parallelize(
         model.to_empty(device=device)
         made[number] = Stage(
             model, config, grid, first=first, last=last, dtype=dtype, max_patches=options.max_patches,
-            saving=memory.saving,
+            memory=memory,
         )  # fmt: skip
         held.update(_named(model))
     if encoder is not None:

@@ -47,11 +47,19 @@ class GridCase:
 
 
 def build(
-    case: GridCase, config: KimiK25Config, dtype: torch.dtype, grid: RankGrid, vision: str = "stage0"
+    case: GridCase,
+    config: KimiK25Config,
+    dtype: torch.dtype,
+    grid: RankGrid,
+    vision: str = "stage0",
+    num_microbatches: int = MICROBATCHES,
 ) -> tuple[PipelineRuntime, ParallelModel]:
     """The model of this rank, and its runtime."""
     schedule = make_schedule(
-        case.schedule, num_ranks=case.sizes.pipeline, num_microbatches=MICROBATCHES, virtual_stages=case.virtual_stages
+        case.schedule,
+        num_ranks=case.sizes.pipeline,
+        num_microbatches=num_microbatches,
+        virtual_stages=case.virtual_stages,
     )
     per = config.text.num_hidden_layers // schedule.num_stages
     model = parallelize(

@@ -83,7 +83,7 @@ def simulate_replicas(
         if action.stage in lockstep and action.kind in _LOCKSTEP_KINDS:
             parties = [(each, rank) for each in replicas]
         else:
-            parties = [(replica, other) for other in replica.ranks_of[action]]
+            parties = [(replica, other) for other in replica.parties(rank, action)]
         if any(each.head(other) != action for each, other in parties):
             continue  # whoever comes last goes on for all
         starts = [each.earliest(other, action) for each, other in parties]
@@ -117,6 +117,8 @@ class _Replica:
         self._position = dict.fromkeys(schedule.actions, 0)
         self._free = dict.fromkeys(schedule.actions, 0.0)
         self._ended: dict[Action, float] = {}
+        """When the last rank that has the action ended it."""
+        self._ends: defaultdict[Action, list[float]] = defaultdict(list)
         self._arrived: dict[Action, float] = {}
         """By send, and by receive."""
         self._waiting: defaultdict[Action, list[int]] = defaultdict(list)
@@ -129,6 +131,10 @@ class _Replica:
         """What `rank` does next; None at its end."""
         order, position = self.schedule.actions.get(rank, ()), self._position.get(rank, 0)
         return order[position] if position < len(order) else None
+
+    def parties(self, rank: int, action: Action) -> list[int]:
+        """The ranks that do `action` together."""
+        return self.ranks_of[action] if action.kind is Kind.ALL_TO_ALL else [rank]
 
     def heads(self) -> dict[int, Action]:
         """By rank that has not reached its end, what it does next."""
@@ -169,7 +175,10 @@ class _Replica:
         """Writes down that `rank` did `action`, and sends what it made on its way; the ranks that may go on."""
         self._spans[rank].append(Span(rank, action, start, end, self.cost(action)))
         self._position[rank] += 1
-        self._free[rank] = self._ended[action] = end
+        self._free[rank] = end
+        self._ends[action].append(end)
+        if len(self._ends[action]) == len(self.ranks_of[action]):
+            self._ended[action] = max(self._ends[action])
         events = [action]
         if action.kind in COMMUNICATION:
             send = action if action.kind in SENDS else action.partner
