@@ -291,6 +291,12 @@ class DecoupledEncoder:
         held = [] if step is None else [*step.rows.values(), *step.gradients.values()]
         return sum(rows.nbytes for rows in held) + self._rows.bytes_waiting + self._gradients.bytes_waiting
 
+    @property
+    def bytes_held_by_consumer(self) -> int:
+        """Of those, what a rank of stage 0 holds as such, beside its part as one of the encoder's ranks: rows that have
+        come for it or are to come, and gradients on their way back. No more than a few micro-batches' in any step."""
+        return self._rows.bytes_awaited + self._gradients.bytes_on_their_way_out
+
     def _current(self) -> _Step:
         assert self._step is not None, "begin() starts a step"
         return self._step
