@@ -104,7 +104,7 @@ def compare(
                 raise SystemExit(f"{name}: {peer} computes something else: relative difference {error:.1e}")
     runs = {peer: candidate.run for peer, candidate in candidates.items()}
     times = alternate(runs, seconds=seconds)
-    peaks = {peer: harness.peak_bytes(run, CPU) for peer, run in runs.items() if len(times[peer].raw_times) > 1}
+    peaks = {peer: harness.peak_bytes(run, CPU) for peer, run in runs.items()}
     fields = {
         "allocator": harness.allocator(), "flops": flops, "bytes": num_bytes, "peak_bytes": peaks.pop("k25sys"),
         "peers_peak_bytes": peaks,
