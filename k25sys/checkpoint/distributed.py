@@ -172,7 +172,7 @@ def _common(folder: Path, step: int, extra: dict[str, Any], file_bytes: int) -> 
         raise ArgumentTypeError(message("save", "extra", error, accepted)) from error
     if json.loads(text) != value:
         hint = "keys must be texts, sequences lists"
-        raise ArgumentTypeError(message("save", "extra", extra, "JSON that reads back as it was", hint))
+        raise ArgumentTypeError(message("save", "extra", repr(extra)[:200], "JSON that reads back as it was", hint))
     return text
 
 
@@ -257,7 +257,9 @@ def load_steps(folder: Path, grid: RankGrid, wanted: Iterable[Piece], step: int 
         raise CheckpointError(f"{folder / store.MANIFEST}: of step {manifest.get('step')}, wanted {step}")
     _check_share(folder, manifest, grid)
     loaded, tensors = _read_index(folder, manifest)
-    plan: defaultdict[str, list[tuple[str, Tensor, list[Copy]]]] = defaultdict(list)
+    if loaded.step != manifest.get("step"):
+        raise CheckpointError(f"{folder / INDEX}: of step {loaded.step}, {store.MANIFEST} of {manifest.get('step')}")
+    plan: defaultdict[str, list[tuple[Part, Tensor, list[Copy]]]] = defaultdict(list)
     for piece in wanted:
         _plan(folder, piece, piece.where(grid.sizes, grid.rank), tensors, plan)
     names = sorted({(piece.key, piece.name) for piece in wanted})
@@ -292,7 +294,7 @@ def _read_index(folder: Path, manifest: dict[str, Any]) -> tuple[Loaded, dict[tu
     try:
         sizes, step, extra = GridSizes(**index["sizes"]), int(index["step"]), dict(index["extra"])
         tensors = {(tensor["key"], tensor["name"]): _tensor(tensor) for tensor in index["tensors"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not the index of a checkpoint: {type(error).__name__}: {error}") from error
     strange = {file for tensor in tensors.values() for file, _ in tensor.parts if file not in manifest["files"]}
     if strange:
@@ -307,13 +309,14 @@ def _tensor(described: dict[str, Any]) -> _Tensor:
     for part in described["parts"]:
         box = tuple((first, last) for first, last in part["box"])
         here = Part(**own, shape=shape, box=box, begin=part["begin"], end=part["end"])
-        parts.append((part["file"], here))
+        here.check()
+        parts.append((str(part["file"]), here))
     return _Tensor(dtype=described["dtype"], shape=shape, parts=parts)
 
 
 def _plan(
     folder: Path, piece: Piece, target: Part, tensors: dict[tuple[str, str], _Tensor],
-    plan: defaultdict[str, list[tuple[str, Tensor, list[Copy]]]],
+    plan: defaultdict[str, list[tuple[Part, Tensor, list[Copy]]]],
 ) -> None:  # fmt: skip
     what = f"{folder / INDEX}: {piece.key} of {piece.name}"
     tensor = tensors.get((piece.key, piece.name))
@@ -326,7 +329,7 @@ def _plan(
     for file, source in tensor.parts:
         here = list(copies(source, target))
         if here:
-            plan[file].append((source.entry, piece.tensor, here))
+            plan[file].append((source, piece.tensor, here))
             found += sum(copy.num_elements for copy in here)
     if found != target.end - target.begin:
         raise CheckpointError(f"{what}: has {found} of {target.end - target.begin} elements")
@@ -352,11 +355,15 @@ def _check_wanted(folder: Path, tensors: dict[tuple[str, str], _Tensor], positio
         raise CheckpointError(f"{folder / INDEX}: {len(left)} tensors that no rank wants: {listing(left)}")
 
 
-def _fill(path: Path, entries: list[tuple[str, Tensor, list[Copy]]]) -> None:
+def _fill(path: Path, entries: list[tuple[Part, Tensor, list[Copy]]]) -> None:
     try:
         with safe_open(str(path), framework="pt") as file:
-            for entry, target, here in entries:
-                source = file.get_slice(entry)[:]  # of the mapped file: only what is copied is read
+            for part, target, here in entries:
+                stored = file.get_slice(part.entry)
+                if stored.get_dtype() != part.dtype or stored.get_shape() != [part.end - part.begin]:
+                    got = f"{stored.get_dtype()} {stored.get_shape()}"
+                    raise CheckpointError(f"{path}: {part.entry} is {got}, which {INDEX} says it is not")
+                source = stored[:]  # of the mapped file: only what is copied is read
                 for copy in here:
                     with torch.no_grad():
                         copy.run(source, target.detach().view(-1))

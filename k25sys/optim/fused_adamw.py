@@ -39,11 +39,11 @@ def _reference(pieces: AdamWPieces, step: int, learning_rate: float, config: Muo
 
 
 def _torch(pieces: AdamWPieces, step: int, learning_rate: float, config: MuonClipConfig) -> None:
-    lists = [list(each) for each in (pieces.masters, pieces.gradients, pieces.exp_avgs, pieces.exp_avg_sqs)]
-    # One a piece: the kernel counts each of them up before it reads it.
+    # One a piece, counted up before it is read.
     done = [torch.full((), float(step - 1), device=master.device) for master in pieces.masters]
     adamw(
-        *lists, [], done, fused=True, amsgrad=False, beta1=config.adam_betas[0], beta2=config.adam_betas[1],
+        list(pieces.masters), list(pieces.gradients), list(pieces.exp_avgs), list(pieces.exp_avg_sqs), [], done,
+        fused=True, amsgrad=False, beta1=config.adam_betas[0], beta2=config.adam_betas[1],
         lr=learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon, maximize=False,
     )  # fmt: skip
 

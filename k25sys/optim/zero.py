@@ -94,6 +94,7 @@ class ZeroOptimizer:
         ArgumentValueError: a parameter without a layout, or without requires_grad and not frozen; a group that matches
             nothing.
         BackendError: an AdamW that does not run here.
+        RankFailureError: another rank has such a fault.
     """
 
     def __init__(
@@ -108,11 +109,18 @@ class ZeroOptimizer:
         bucket_bytes: int = _BUCKET_BYTES,
         irregular: Collection[str] = (),
     ) -> None:
-        _check_parameters(parameters, layouts, groups)
-        for dtype in {torch.promote_types(p.dtype, torch.float32) for p in parameters.values()} or {torch.float32}:
-            self._adamw = choose(adamw, torch.device(grid.device_type), dtype)
         self.grid, self.config, self.num_steps = grid, config, 0
-        matched = self._matched(parameters, groups)
+        matched, fault = match_groups(parameters, groups), None
+        try:
+            _check_parameters(parameters, layouts, {name for name, number in matched.items() if groups[number].frozen})
+            for dtype in {torch.promote_types(p.dtype, torch.float32) for p in parameters.values()} or {torch.float32}:
+                self._adamw = choose(adamw, torch.device(grid.device_type), dtype)
+        except ValueError as error:
+            fault = error
+        counts = [sum(number == each for each in matched.values()) for number in range(len(groups))]
+        told = _told_by_all(grid, torch.tensor([fault is not None, *counts], device=grid.device_type))
+        _raise_on_all_ranks("ZeroOptimizer", fault, told[:, 0])
+        check_groups_used(groups, told[:, 1:].sum(0).tolist())  # of all ranks: it may match on other stages only
         self._rules = rules(matched, parameters, groups, config)
         self.frozen = {name: parameters[name] for name, number in matched.items() if groups[number].frozen}
         """Parameters that are not updated, and have no shards."""
@@ -123,18 +131,6 @@ class ZeroOptimizer:
         stage = [bucket for bucket in self.gradients.buckets if bucket.axis != "world"]
         world = [bucket for bucket in self.gradients.buckets if bucket.axis == "world"]
         self._exchanges = (MatrixExchange(stage, grid, "stage", config), MatrixExchange(world, grid, "world", config))
-
-    def _matched(self, names: Collection[str], groups: Sequence[ParameterGroup]) -> dict[str, int]:
-        """The number of the group of each name that has one; a pattern may match on other stages only."""
-        matched = match_groups(names, groups)
-        if groups:
-            counts = torch.zeros(len(groups), dtype=torch.int64, device=self.grid.device_type)
-            for number in matched.values():
-                counts[number] += 1
-            if (group := self.grid.group("world")) is not None:
-                dist.all_reduce(counts, group=group)
-            check_groups_used(groups, counts.tolist())
-        return matched
 
     def expect_gradients(self, num_microbatches: int) -> None:
         """Call before the first backward of a step: a bucket is then reduced as soon as so many gradients have landed
@@ -160,7 +156,7 @@ class ZeroOptimizer:
             self._sum_over_tensor(bucket, shard)
         try:
             self._check_arguments(learning_rate, factors)
-        except (TypeError, ValueError) as error:  # raised below, on all ranks: they would wait for this one
+        except (TypeError, ValueError) as error:
             fault = error
         try:
             norm = self._agreed_norm(shards, learning_rate, fault)
@@ -223,22 +219,10 @@ class ZeroOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for bucket, shard in zip(self.gradients.buckets, shards, strict=True):
             for piece in bucket.pieces():
-                total += shard[piece.shard].double().square().sum() / self._copies(piece.slot.layout)
-        told = torch.stack([total, *total.new_tensor([0.0, learning_rate] if fault is None else [1.0, 0.0])])
-        group = self.grid.group("world")
-        everyone = told
-        if group is not None:
-            everyone = told.new_empty(len(told) * self.grid.size("world"))
-            dist.all_gather_into_tensor(everyone, told, group=group)
-        squares, faults, rates = everyone.view(-1, len(told)).cpu().unbind(1)
-        if fault is not None:
-            raise fault
-        ranks = self.grid.ranks("world")
-        bad = [str(rank) for rank, faulty in zip(ranks, faults.tolist(), strict=True) if faulty]
-        if bad:
-            raise RankFailureError(
-                f"ZeroOptimizer.step: faulty arguments on rank {listing(bad)}, whose error names them"
-            )
+                total += _squares(shard[piece.shard]) / self._copies(piece.slot.layout)
+        mine = torch.stack([total, *total.new_tensor([0.0, learning_rate] if fault is None else [1.0, 0.0])])
+        squares, faults, rates = _told_by_all(self.grid, mine).unbind(1)
+        _raise_on_all_ranks("ZeroOptimizer.step", fault, faults)
         if len(set(rates.tolist())) > 1:
             got = f"{learning_rate} here, {listing(sorted({str(rate) for rate in rates.tolist()}))} on all ranks"
             raise RankFailureError(message("ZeroOptimizer.step", "learning_rate", got, "the same on every rank"))
@@ -310,14 +294,39 @@ class ZeroOptimizer:
                 yield StateShard(name, key, layout, piece.begin, piece.end, tensor)
 
 
+def _squares(flat: Tensor) -> Tensor:
+    """The sum of squares in float64, without a whole copy in it."""
+    together = 1 << (18 if flat.device.type == "cpu" else 24)
+    wide = (part.double() for part in flat.split(together))
+    return torch.stack([part.dot(part) for part in wide]).sum()
+
+
+def _told_by_all(grid: RankGrid, mine: Tensor) -> Tensor:
+    """(R, N) on the host: `mine` (N,) of every rank of the grid."""
+    group = grid.group("world")
+    if group is None:
+        return mine.cpu()[None]
+    everyone = mine.new_empty(grid.size("world") * len(mine))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return everyone.view(-1, len(mine)).cpu()
+
+
+def _raise_on_all_ranks(op: str, fault: Exception | None, faults_R: Tensor) -> None:
+    """Raises this rank's fault, or names the ranks that have one: alone, they would be waited for."""
+    if fault is not None:
+        raise fault
+    ranks = [str(rank) for rank, faulty in enumerate(faults_R.tolist()) if faulty]
+    if ranks:
+        raise RankFailureError(f"{op}: faulty arguments on rank {listing(ranks)}, whose error names them")
+
+
 def _check_parameters(
-    parameters: Mapping[str, nn.Parameter], layouts: Collection[str], groups: Sequence[ParameterGroup]
+    parameters: Mapping[str, nn.Parameter], layouts: Collection[str], frozen: Collection[str]
 ) -> None:
-    matched = match_groups(parameters, groups)
     for name, parameter in parameters.items():
         if name not in layouts:
             raise ArgumentValueError(message("ZeroOptimizer", "layouts", f"none for {name}", "one for each parameter"))
-        if not parameter.requires_grad and not (name in matched and groups[matched[name]].frozen):
+        if not parameter.requires_grad and name not in frozen:
             got, accepted = f"{name} without requires_grad", "ones that have it, or that a group freezes"
             raise ArgumentValueError(message("ZeroOptimizer", "parameters", got, accepted))
 

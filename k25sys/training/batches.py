@@ -1,8 +1,9 @@
 """Packed sequences of a step as the micro-batches of this rank, with the media of all ranks as metadata."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from k25sys.parallel.grid import RankGrid
 from k25sys.training.microbatch import MicroBatch
 from k25sys.training.stage import media_consumers
 from k25sys.training.step import StepMedia
+
+_CACHE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,28 @@ class _About:
     tokens_by_source: dict[str, int]
 
 
+class PixelCache:
+    """Pixels that were decoded lately, up to a number of bytes: a decoupled encoder needs each clip twice in a step,
+    and small corpora show the same pictures again and again."""
+
+    def __init__(self, sources: Mapping[str, Source], most_bytes: int = _CACHE_BYTES) -> None:
+        self._sources, self._most, self._bytes = dict(sources), most_bytes, 0
+        self._held: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+
+    def pixels(self, item: MediaItem) -> Tensor:
+        """(t h w, 3, patch, patch) float32; not to be written into."""
+        place = (item.source, item.key)
+        if place in self._held:
+            self._held.move_to_end(place)
+            return self._held[place]
+        pixels = self._sources[item.source].pixels(item.key)
+        self._held[place] = pixels
+        self._bytes += pixels.nbytes
+        while self._bytes > self._most and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return pixels
+
+
 class BatchMaker:
     """Makes the batches of every step.
 
@@ -67,7 +92,7 @@ class BatchMaker:
         decoupled: bool,
         dtype: torch.dtype,
     ) -> None:
-        self.sources, self.grid, self.num_microbatches = dict(sources), grid, microbatches
+        self._cache, self.grid, self.num_microbatches = PixelCache(sources), grid, microbatches
         self.media_pad, self.decoupled, self.dtype = media_pad, decoupled, dtype
         self._first_rank = {
             grid.sizes.coordinate(rank, "data"): rank for rank in reversed(range(grid.sizes.ranks_per_stage))
@@ -106,15 +131,13 @@ class BatchMaker:
 
     def _about(self, group: Sequence[PackedSequence]) -> _About:
         ids_T = torch.cat([sequence.input_ids_T for sequence in group])
-        ends = [0]
-        for sequence in group:
-            ends += [ends[-1] + length for length in _lengths(sequence)]
+        lengths = [end - begin for sequence in group for begin, end in pairwise(sequence.cu_seqlens)]
         tokens: dict[str, int] = {}
         for sequence in group:
             for name, count in sequence.tokens_by_source.items():
                 tokens[name] = tokens.get(name, 0) + count
         return _About(
-            cu_seqlens=tuple(ends),
+            cu_seqlens=tuple(accumulate(lengths, initial=0)),
             runs=() if self.media_pad is None else _runs(ids_T == self.media_pad),
             items=tuple(item for sequence in group for item in sequence.media),
             loss_tokens=sum(int(sequence.loss_mask_T.sum()) for sequence in group),
@@ -143,7 +166,7 @@ class BatchMaker:
         )
 
     def _pixels(self, item: MediaItem) -> Tensor:
-        return self.sources[item.source].pixels(item.key).to(self.dtype)
+        return self._cache.pixels(item).to(self.dtype)
 
     def _media(self, everyone: list[list[_About]]) -> StepMedia:
         items = {
@@ -161,10 +184,6 @@ class BatchMaker:
         return StepMedia(
             clips=tuple(items), consumers=consumers, load_pixels=lambda clip: self._pixels(items[clip])
         )  # fmt: skip
-
-
-def _lengths(sequence: PackedSequence) -> list[int]:
-    return [end - begin for begin, end in pairwise(sequence.cu_seqlens)]
 
 
 def _runs(mask_T: Tensor) -> tuple[tuple[int, int], ...]:

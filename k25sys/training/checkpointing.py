@@ -17,6 +17,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
@@ -176,9 +177,8 @@ class Checkpoints:
         self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if error is not None:
-            where = "" if isinstance(error, OtherRanksError) else f"rank {self._grid.rank} failed: "
-            cause = f"{error}" if isinstance(error, OtherRanksError) else f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self._saving}: not saved: {where}{cause}") from error
+            here = "" if isinstance(error, OtherRanksError) else f"on rank {self._grid.rank}: {type(error).__name__}: "
+            raise CheckpointError(f"{self._saving}: not saved: {here}{error}") from error
 
     def _copies(self, pieces: Iterable[Piece]) -> Iterable[Piece]:
         """On the CPU. What fails here is raised by the thread: there the other ranks wait, and learn of it."""
@@ -221,7 +221,8 @@ class Checkpoints:
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
-                    path.unlink(missing_ok=True)
+                    with suppress(OSError):  # a folder that is only read from
+                        path.unlink()
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
@@ -261,9 +262,9 @@ class Checkpoints:
         found = None
         if self._grid.rank == 0:
             found = _published(self.folder)
-            named = _named_by_latest(self.folder)
-            if named is not None and named not in [self._path(step).name for step in found]:
-                self._say(f"{self.folder / store.LATEST}: names {named!r}, which is no checkpoint beside it")
+            fault = _fault_of_latest(self.folder, [self._path(step).name for step in found])
+            if fault is not None:
+                self._say(f"{self.folder / store.LATEST}: {fault}; passed over")
         everyone = yield Send(found)
         return everyone[0]
 
@@ -312,12 +313,14 @@ def _hide(path: Path) -> Path:
     return hidden
 
 
-def _named_by_latest(folder: Path) -> str | None:
-    """What the file `latest` says, or the link; None where there is neither."""
+def _fault_of_latest(folder: Path, names: list[str]) -> str | None:
+    """What is wrong with `latest`, a file or a link; None where there is none, or it names one of `names`."""
     path = folder / store.LATEST
     if path.is_symlink():
-        return os.readlink(path)
-    if path.is_file():
+        named = os.readlink(path)
+    elif path.is_file():
         with open(path, "rb") as file:
-            return file.read(_MOST_OF_LATEST).decode(errors="replace").removesuffix("\n")
-    return "nothing" if path.exists() else None
+            named = file.read(_MOST_OF_LATEST).decode(errors="replace").removesuffix("\n")
+    else:
+        return "neither a file nor a link" if path.exists() else None
+    return None if named in names else f"names {named!r}, which is no checkpoint beside it"

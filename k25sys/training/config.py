@@ -11,6 +11,7 @@ from k25sys.parallel.grid import GridSizes
 
 PRECISIONS = ("fp32", "bf16")
 VISION_MODES = ("stage0", "dep")
+PROJECTORS = ("encoder", "stage0")
 C = TypeVar("C")
 
 
@@ -52,6 +53,21 @@ class PipelineOptions:
     virtual_stages: int = 1
     microbatches: int | None = None
     """Of each data rank, a step; None: one for each of its sequences."""
+    extra_warmup: int = 0
+    """See make_schedule; Kimi K2's is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismOptions:
+    """How the parallel parts work: see ParallelOptions."""
+
+    attention: str = "sdpa"
+    transport: str = "torch"
+    """Of tokens on their way to experts: torch or deepep."""
+    payload: str = "exact"
+    """Their form: exact, bf16 or fp8."""
+    memory: tuple[str, ...] = ()
+    """What is recomputed, and what is stored in E4M3, by name: see parallel.recompute.NAMES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,12 @@ class VisionOptions:
     """stage0, or dep: by all ranks, decoupled from the pipeline."""
     max_patches: int = 4096
     """In a pack of the encoder."""
+    projector: str = "encoder"
+    """Under dep, where the projector lies: with the encoder, or in stage0."""
+    prefetch: int = 1
+    """Under dep: micro-batches whose rows travel ahead of their use."""
+    ranks_per_node: int | None = None
+    """Under dep: packs are encoded on the node that has them, as far as the balance allows; None: anywhere."""
     deterministic: bool = False
     """Under dep: gradients that do not depend on the number of ranks, bit for bit."""
 
@@ -105,8 +127,20 @@ class DataOptions:
     """Share of the run before the first of those."""
     workers: int = 0
     """Processes that read ahead, of each rank."""
+    tokenizer: str | None = None
+    """A tiktoken.model; None: bytes, for models of their vocabulary."""
     files: tuple[str, ...] = ()
     """Text, code, JSONL or conversations to read in place of the sample corpus."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Losses of documents that are held out."""
+
+    every: int | None = None
+    """Steps between; None: none."""
+    batches: int = 1
+    """Global batches of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +181,12 @@ class RunConfig:
     precision: str = "fp32"
     grid: GridOptions = field(default_factory=GridOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    parallelism: ParallelismOptions = field(default_factory=ParallelismOptions)
     vision: VisionOptions = field(default_factory=VisionOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     report: ReportOptions = field(default_factory=ReportOptions)
 
@@ -158,6 +194,7 @@ class RunConfig:
         for path, value, accepted in (
             ("precision", self.precision, PRECISIONS),
             ("vision.mode", self.vision.mode, VISION_MODES),
+            ("vision.projector", self.vision.projector, PROJECTORS),
         ):
             if value not in accepted:
                 raise ConfigError(message("run", path, repr(value), ", ".join(accepted)))
@@ -172,8 +209,8 @@ class RunConfig:
                 raise ConfigError(message("run", path, value, "an int >= 1"))
 
     def to_json(self) -> dict[str, Any]:
-        """As config.json has it."""
-        return asdict(self)
+        """As config.json has it, and gives it back: tuples are lists."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def override(config: C, assignments: Sequence[str]) -> C:
@@ -186,21 +223,18 @@ def override(config: C, assignments: Sequence[str]) -> C:
         path, found, text = assignment.partition("=")
         if not found:
             raise ConfigError(message("run", "--set", repr(assignment), "PATH=VALUE"))
+        if path not in (known := _paths(config)):
+            near = get_close_matches(path, known, n=1) or [p for p in known if p.endswith(f".{path}")]
+            hint = f"did you mean {near[0]}?" if near else ""
+            raise ConfigError(message("run", "--set", path, f"one of {', '.join(known)}", hint))
         config = _with(config, path, path.split("."), text)
     return config
 
 
 def _with(config: Any, path: str, parts: Sequence[str], text: str) -> Any:
     name, rest = parts[0], parts[1:]
-    known = {each.name: getattr(config, each.name) for each in fields(config)}
-    nested = name in known and is_dataclass(known[name])
-    if name not in known or nested != bool(rest):
-        paths = _paths(config)
-        last = get_close_matches(path, paths, n=1) or get_close_matches(parts[-1], paths, n=1, cutoff=0.3)
-        hint = f"did you mean {last[0]}?" if last else ""
-        raise ConfigError(message("run", "--set", path, f"one of {', '.join(paths)}", hint))
     kind = get_type_hints(type(config))[name]
-    value = _with(known[name], path, rest, text) if nested else _parsed(path, text, kind)
+    value = _with(getattr(config, name), path, rest, text) if rest else _parsed(path, text, kind)
     return replace(config, **{name: value})
 
 

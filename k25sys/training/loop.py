@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,9 @@ from k25sys.training.weights import load_weights
 
 _MOST_SKIPPED = 10
 """Steps in a row whose gradients were not finite."""
-_MAY_DIFFER = ("steps", "grid.", "pipeline.", "vision.", "checkpoint.", "report.", "data.workers", "optimizer.")
+_MAY_DIFFER = (
+    "steps", "grid.", "pipeline.", "vision.", "checkpoint.", "report.", "validation.", "data.workers", "optimizer.",
+)  # fmt: skip
 """Of a run that is resumed: what changes no data and no numbers of the past."""
 
 
@@ -43,6 +46,7 @@ class Trainer:
         model_config: the model that its preset, or its recipe, means.
         mixture: what it reads.
         grid: of all ranks.
+        validation: by kind, documents that are held out; see config.validation.
         output: the folder of its files (INTERFACES, "Running a recipe"), shared by all ranks.
         monitor: names the rank at fault when a wait for another one fails.
     """
@@ -55,11 +59,15 @@ class Trainer:
         grid: RankGrid,
         output: str | os.PathLike[str],
         *,
+        validation: Mapping[str, Mixture] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
+        config = _resolved(config, grid)
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
-        self.parts: Parts = build(config, model_config, mixture, grid, monitor=monitor, recorder=self._recorder)
+        self.parts: Parts = build(
+            config, model_config, mixture, grid, validation=validation, monitor=monitor, recorder=self._recorder
+        )  # fmt: skip
         options = config.checkpoint
         self.output.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(
@@ -118,7 +126,6 @@ class Trainer:
                 load_weights(start_from, self.grid, parts.model, parts.optimizer)
             return 0
         before, now = flattened(loaded.extra["config"]), flattened(self.config.to_json())
-        now = json.loads(json.dumps(now))  # tuples as lists
         changed = [
             f"{path}={value!r}, it was {before[path]!r}"
             for path, value in now.items()
@@ -158,6 +165,7 @@ class Trainer:
             "loss_tokens": batch.loss_tokens,
             "tokens_by_source": batch.tokens_by_source,
             "patches": batch.patches,
+            **_balance(outcome),
             "learning_rate": rate,
             "gradient_norm": outcome.gradient_norm,
             "finite": outcome.finite,
@@ -166,6 +174,8 @@ class Trainer:
             **self._speed(batch, stepped - start),
             "seconds": {"data": read - start, "step": stepped - read},
         }
+        if self.config.validation.every is not None and step % self.config.validation.every == 0:
+            metrics["validation"] = self.validate()
         for writer in writers:
             writer.write(metrics)
         self._skipped = 0 if outcome.finite else self._skipped + 1
@@ -175,6 +185,18 @@ class Trainer:
                 f"those after step {step - _MOST_SKIPPED}; lower optimizer.learning_rate, or look at the data"
             )
         return stopping
+
+    def validate(self) -> dict[str, float]:
+        """The mean loss of each kind of held-out documents. Collective over the grid."""
+        losses: dict[str, float] = {}
+        for name, batches in self.parts.validation.items():
+            total, loss_tokens = 0.0, 0
+            for sequences in batches:
+                batch = self.parts.batches.make(sequences)
+                total += self.parts.step.evaluate(batch.microbatches, media=batch.media) * batch.loss_tokens
+                loss_tokens += batch.loss_tokens
+            losses[name] = total / max(1, loss_tokens)
+        return losses
 
     def _agree(self, outcome: StepOutcome) -> tuple[int, bool, float]:
         """Heads clipped in the whole model, whether any rank was asked to stop, the worst router's load."""
@@ -231,6 +253,23 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
+
+
+def _balance(outcome: StepOutcome) -> dict[str, float]:
+    """Of a decoupled encoder: its fullest rank's load over the mean, and the least that any plan could have."""
+    plan = outcome.encoding
+    if plan is None:
+        return {}
+    return {"encoder_max_over_mean": plan.max_over_mean, "encoder_over_lower_bound": plan.over_lower_bound}
+
+
+def _resolved(config: RunConfig, grid: RankGrid) -> RunConfig:
+    """What the grid and the batch leave open, said."""
+    data = grid.size("data")
+    microbatches = config.pipeline.microbatches or max(1, config.batch.sequences // data)
+    return replace(
+        config, grid=replace(config.grid, data=data), pipeline=replace(config.pipeline, microbatches=microbatches)
+    )  # fmt: skip
 
 
 def _peak_flops(grid: RankGrid) -> float | None:

@@ -1,10 +1,11 @@
 """A run's configuration and grid to the parts that train: model, runtime, optimiser, encoder, data."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
-from k25sys.data import Loader, Mixture, TokenStream
+from k25sys.data import Loader, Mixture, PackedSequence, TokenStream
 from k25sys.errors import ConfigError, GridError, message
 from k25sys.models import KimiK25Config
 from k25sys.models.moe import MixtureOfExperts
@@ -40,6 +41,8 @@ class Parts:
     schedule: WSD
     batches: BatchMaker
     loader: Loader
+    validation: Mapping[str, tuple[tuple[PackedSequence, ...], ...]]
+    """By kind, this data rank's sequences of each batch."""
 
 
 def build(
@@ -48,10 +51,14 @@ def build(
     mixture: Mixture,
     grid: RankGrid,
     *,
+    validation: Mapping[str, Mixture] | None = None,
     monitor: Monitor | None = None,
     recorder: Recorder | None = None,
 ) -> Parts:
     """All of it, with the weights that the seed gives. Collective over the grid.
+
+    Args:
+        validation: by kind, what is held out; read once, in order, where config.validation.every asks for it.
 
     Raises:
         ConfigError, GridError, ScheduleError: sizes that do not fit each other; says which.
@@ -61,13 +68,17 @@ def build(
     microbatches = config.pipeline.microbatches or len(own)
     schedule = make_schedule(
         config.pipeline.schedule, num_ranks=grid.size("pipeline"), num_microbatches=microbatches,
-        virtual_stages=config.pipeline.virtual_stages,
+        virtual_stages=config.pipeline.virtual_stages, extra_warmup=config.pipeline.extra_warmup,
     )  # fmt: skip
     mode = "none" if model_config.vision is None else config.vision.mode
     model = parallelize(
         model_config, grid, layers_of_stage=_layers_of_stage(model_config, schedule.num_stages, config),
         stages=schedule.stages_of(grid.index("pipeline")), dtype=dtype, seed=config.seed,
-        options=ParallelOptions(vision=mode, max_patches=config.vision.max_patches),
+        options=ParallelOptions(
+            attention=config.parallelism.attention, transport=config.parallelism.transport,
+            payload=config.parallelism.payload, memory=config.parallelism.memory, vision=mode,
+            max_patches=config.vision.max_patches, projector=config.vision.projector,
+        ),
     )  # fmt: skip
     optimizer = _optimizer(config, model, grid)
     runtime: PipelineRuntime[MicroBatch] = PipelineRuntime(
@@ -78,8 +89,10 @@ def build(
         decoupled=_encoder(config, model_config, model, grid) if decoupled else None,
     )  # fmt: skip
     tokens = model_config.tokens
+    held_out = validation if validation is not None and config.validation.every is not None else {}
+    sources = {mixed.name: mixed.source for each in (mixture, *held_out.values()) for mixed in each.sources}
     batches = BatchMaker(
-        {mixed.name: mixed.source for mixed in mixture.sources}, grid, microbatches=microbatches,
+        sources, grid, microbatches=microbatches,
         media_pad=tokens.media_pad, decoupled=decoupled, dtype=dtype,
     )  # fmt: skip
     optimizer_options = config.optimizer
@@ -91,6 +104,7 @@ def build(
     return Parts(
         model_config=model_config, model=model, optimizer=optimizer, step=step, schedule=rates, batches=batches,
         loader=_loader(config, model_config, mixture, own),
+        validation={name: _first_batches(config, model_config, each, own) for name, each in held_out.items()},
     )  # fmt: skip
 
 
@@ -115,7 +129,8 @@ def _layers_of_stage(model_config: KimiK25Config, num_stages: int, config: RunCo
 
 def _optimizer(config: RunConfig, model: ParallelModel, grid: RankGrid) -> ZeroOptimizer:
     options = config.optimizer
-    names = [] if model.encoder is None else [n for n in model.parameters if not n.startswith("language_model.")]
+    # A micro-batch has any number of packs, and each of them gives the encoder a gradient.
+    names = [name for name in model.parameters if not name.startswith("language_model.")]
     return ZeroOptimizer(
         model.parameters, model.layouts, grid,
         MuonClipConfig(
@@ -150,12 +165,20 @@ def _encoder(
     )
     options = DecoupledOptions(
         cost=cost, max_patches=config.vision.max_patches, deterministic=config.vision.deterministic,
+        prefetch=config.vision.prefetch, ranks_per_node=config.vision.ranks_per_node,
         trainable=any(parameter.requires_grad for parameter in model.encoder.parameters()),
     )  # fmt: skip
     return DecoupledEncoder(
-        model.encoder, grid, row_shape=(model_config.text.hidden_size,),
+        model.encoder, grid, row_shape=model.row_shape,
         rows_of=lambda clip: clip.grid[1] * clip.grid[2] // merge, dtype=DTYPES[config.precision], options=options,
     )  # fmt: skip
+
+
+def _first_batches(
+    config: RunConfig, model_config: KimiK25Config, mixture: Mixture, own: range
+) -> tuple[tuple[PackedSequence, ...], ...]:
+    loader = _loader(replace(config, data=replace(config.data, workers=0)), model_config, mixture, own)
+    return tuple(tuple(loader.next_step()) for _ in range(config.validation.batches))
 
 
 def _loader(config: RunConfig, model_config: KimiK25Config, mixture: Mixture, own: range) -> Loader:

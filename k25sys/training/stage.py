@@ -14,10 +14,10 @@ from k25sys.models.documents import Documents, TokenPacking
 from k25sys.models.rope import text_tables
 from k25sys.parallel.activation_store import SavedActivations
 from k25sys.parallel.context import ShardedDocuments
-from k25sys.parallel.dep import Clip, make_packs, splice
+from k25sys.parallel.dep import Clip, make_packs, splice, taken
 from k25sys.parallel.grid import RankGrid
 from k25sys.parallel.vocabulary import VocabParallelHead
-from k25sys.training.microbatch import MicroBatch
+from k25sys.training.microbatch import MediaSource, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         decoder = model.language_model.model
         self.layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
         heads = config.text.num_attention_heads // grid.size("tensor")
-        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"))
+        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"), device=grid.device_type)
         self.max_patches = max_patches
 
     @property
@@ -150,6 +150,10 @@ class Stage(nn.Module):
         with self.memory.saving():
             hidden_TD = self._embed(microbatch, local) if self.first else x_TD
             assert hidden_TD is not None
+            if torch.is_grad_enabled() and not hidden_TD.requires_grad:
+                # With frozen embeddings, only ranks with media among their tokens have a gradient here; but those that
+                # share layers exchange tokens in the backward, all of them or none.
+                hidden_TD = hidden_TD.detach().requires_grad_()
             tables = text_tables(self.config.text, local.documents.positions_T)
             for layer, max_logits_H in zip(self.layers, self.max_logits_LH, strict=True):
                 hidden_TD = layer(hidden_TD, tables, local.documents, max_logits_H=max_logits_H)
@@ -169,10 +173,16 @@ class Stage(nn.Module):
             return x_TD
         index_R = is_media_T[local.own_T].nonzero()[:, 0]
         if batch.media is not None:
-            return splice(x_TD, index_R, batch.media.rows(), batch.media.return_gradient)
+            return self._splice(x_TD, index_R, batch.media)
         features_QD = self._features(batch, int(is_media_T.sum()))
         place_T = is_media_T.cumsum(0) - 1
         return splice(x_TD, index_R, features_QD[place_T[local.own_T][index_R]])
+
+    def _splice(self, x_TD: Tensor, index_R: Tensor, media: MediaSource) -> Tensor:
+        """Media that were encoded elsewhere, projected here where the projector is here."""
+        if not hasattr(self.model, "mm_projector"):
+            return splice(x_TD, index_R, media.rows(), media.return_gradient)
+        return splice(x_TD, index_R, self.model.mm_projector(taken(media.rows(), media.return_gradient)))
 
     def _features(self, batch: MicroBatch, num_positions: int) -> Tensor:
         if not hasattr(self.model, "vision_tower") or batch.pixel_values is None or batch.grid_thw is None:

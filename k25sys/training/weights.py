@@ -9,7 +9,7 @@ import torch
 from k25sys.checkpoint import distributed
 from k25sys.checkpoint.distributed import INDEX
 from k25sys.checkpoint.reshard import Piece
-from k25sys.checkpoint.safetensors import read_json
+from k25sys.checkpoint.safetensors import DTYPES, read_json
 from k25sys.errors import CheckpointError, listing
 from k25sys.models import KimiK25
 from k25sys.models.presets import preset
@@ -30,7 +30,7 @@ def _stored(folder: Path) -> dict[str, tuple[str, torch.dtype]]:
     """By name of a weight, the key that it is stored under, and its dtype."""
     try:
         entries = read_json(folder / INDEX)["tensors"]
-        found: dict[str, Any] = {e["name"]: (e["key"], getattr(torch, e["dtype"])) for e in entries
+        found: dict[str, Any] = {e["name"]: (e["key"], DTYPES[e["dtype"]]) for e in entries
                                  if e["key"] in _WEIGHT_KEYS}  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / INDEX}: not the index of a checkpoint") from error

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from k25sys.data import ByteTokenizer, ImagePart, UserTurn, render_chat
 from k25sys.data.augmentation import Augmentation, AugmentationPlan
 from k25sys.data.boxes import Box, ink_box, read_boxes, read_points
 from k25sys.data.drawn import DRAWN_KINDS, DrawnPictures, Truth
+from k25sys.data.drawn.scene import draw_text, load_font
 from k25sys.data.drawn.shapes import COLOURS, KINDS, shape_mask
 from k25sys.data.media_text import clip_tokens, image_tokens
 from k25sys.data.sample import MediaItem, Sample, Source
@@ -66,6 +68,29 @@ def test_shapes_fill_their_boxes(kind: str, stiff: bool, index: int, epoch: int)
         for x0, y0, x1, y1 in boxes:
             mask_HW[int(y0) : int(y1), int(x0) : int(x1)] = False
         assert (kind == "shapes" and stiff) or not mask_HW.any()
+
+
+@settings(max_examples=100)
+@given(index=indices, epoch=epochs)
+def test_what_a_crop_leaves(index: int, epoch: int) -> None:
+    """A mark stays where enough of its pixels do, with the box around these: a cut circle's is not the cut box."""
+    drawn, before = source("shapes", STIFF), source("shapes").truth(index, 0)
+    truth, plan = drawn.truth(index, epoch), plan_of(drawn.sample(index, epoch))
+    assert plan is not None
+    crop_x0, crop_y0, crop_x1, crop_y1 = plan.crop
+    expected = []
+    for mark in before.marks:
+        x0, y0, x1, y1 = (int(edge) for edge in mark.box)
+        mask_HW = np.zeros(before.picture_HW3.shape[:2], bool)
+        mask_HW[y0:y1, x0:x1] = has_colour(before, mark.label.split()[0])[y0:y1, x0:x1]
+        part_HW = mask_HW[crop_y0:crop_y1, crop_x0:crop_x1]
+        if part_HW.sum() < STIFF.kept_area * mask_HW.sum():
+            continue
+        seen = ink_box(part_HW[:, ::-1] if plan.is_flipped else part_HW)
+        assert seen is not None
+        y, x = plan.offset
+        expected.append((mark.label, Box(seen.x0 + x, seen.y0 + y, seen.x1 + x, seen.y1 + y)))
+    assert [(mark.label, mark.box) for mark in truth.marks] == expected
 
 
 @settings(max_examples=100)
@@ -151,6 +176,18 @@ def test_counts(index: int, epoch: int, augmentation: Augmentation | None) -> No
         assert all(any(math.dist(p, m.box.center) < 0.2 for m in meant) for p in points)
 
 
+@pytest.mark.parametrize("size", [9, 10, 17, 40])
+def test_text_is_drawn_as_pillow_draws_it(size: int) -> None:
+    font = load_font(size)
+    for x, y, text in ((10, 5, "jfly"), (0, 0, "jJ"), (150, 20, "Quay"), (30, 70, "pj|7"), (40, 20, "yard")):
+        expected = Image.new("L", (200, 80), 255)
+        ImageDraw.Draw(expected).text((x, y), text, fill=0, font=font)
+        picture_HW3 = np.full((80, 200, 3), 255, np.uint8)
+        changed_HW = draw_text(picture_HW3, (x, y), text, font, (0, 0, 0))
+        assert abs(picture_HW3.astype(int) - np.asarray(expected)[:, :, None]).max() <= 1
+        assert (changed_HW == (picture_HW3 < 255).all(2)).all()
+
+
 @settings(max_examples=120)
 @given(index=indices, cells=st.sampled_from(((2, 2), (2, 4), (6, 9))))
 def test_word_boxes_hold_the_ink(index: int, cells: tuple[int, int]) -> None:
@@ -228,6 +265,18 @@ def test_chart_values_are_to_be_measured(index: int, cells: tuple[int, int]) -> 
     numbers = [(baseline - row) / min(units) for row in numbered if row < baseline]
     assert numbers  # besides the baseline's 0
     assert all(number == int(number) for number in numbers)
+
+
+@settings(max_examples=60)
+@given(index=indices, epoch=epochs)
+def test_charts_stay_whole(index: int, epoch: int) -> None:
+    """Axis, names and gridlines included."""
+    before, after = (
+        source("charts").truth(index, 0).picture_HW3,
+        source("charts", STIFF).truth(index, epoch).picture_HW3,
+    )
+    for grey in (20, 215):
+        assert (before == grey).all(2).sum() == (after == grey).all(2).sum()
 
 
 @settings(max_examples=150)

@@ -43,10 +43,12 @@ class ToySource:
 
 
 class BrokenSource(ToySource):
-    """Fails at one document."""
+    """Fails at one document, until it is mended."""
+
+    is_mended = False
 
     def sample(self, index: int, epoch: int) -> Sample:
-        if (index, epoch) == (1, 1):
+        if (index, epoch) == (1, 1) and not self.is_mended:
             raise FileNotFoundError("photo.jpg is gone")
         return super().sample(index, epoch)
 

@@ -157,6 +157,7 @@ def _turn(entry: Any, calls: dict[str, ToolCall]) -> Turn:
     role = entry.get("role") if isinstance(entry, dict) else None
     if not isinstance(role, str) or role not in _KEYS:
         raise ChatFormatError(f"role {role!r} is none of {', '.join(_KEYS)}")
+    assert isinstance(entry, dict)
     entry = {str(key): value for key, value in entry.items() if value is not None}
     if extra := sorted(entry.keys() - _KEYS[role]):
         raise ChatFormatError(f"{role} with {', '.join(extra)}, known are {', '.join(sorted(_KEYS[role]))}")

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from typing import Literal
 
 from k25sys.errors import listing
-from k25sys.parallel.pipeline.ir import COMMUNICATION, Action, Kind, Schedule, dependencies
+from k25sys.parallel.pipeline.ir import COMMUNICATION, Action, Schedule, dependencies
 
 Sends = Literal["rendezvous", "buffered"]
 """Whether a send and its receive wait for each other, or a send goes on at once."""
@@ -83,8 +83,6 @@ class Execution:
 
     def _parties(self, rank: int, action: Action) -> list[tuple[int, Action]]:
         """The actions, with their ranks, that go on together with `action`."""
-        if action.kind is Kind.ALL_TO_ALL:
-            return [(other, action) for other in self._ranks[action]]
         if action.kind in COMMUNICATION and self._sends == "rendezvous":
             partner = action.partner
             return [(rank, action), *((other, partner) for other in self._ranks[partner])]
