@@ -113,7 +113,7 @@ class OptimizerOptions:
     """By which the routers' biases move."""
     frozen: tuple[str, ...] = ()
     """Patterns of the parameters that are not trained, e.g. "language_model.*"."""
-    adamw: str = "reference"
+    adamw: str = "torch"
     """The backend of AdamW: see k25sys.optim.fused_adamw."""
 
 
