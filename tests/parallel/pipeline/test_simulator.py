@@ -257,22 +257,26 @@ def test_vision_actions_and_exchanges() -> None:
     assert (bound.spans[0][2].start, bound.spans[1][3].start) == (5.5, 6.5)
 
 
+@pytest.mark.parametrize("ranks", [(0, 1, 2), (2, 1, 0)])
 @pytest.mark.parametrize("slowest", [0, 1, 2])
-def test_a_forward_of_stage_0_starts_when_all_ranks_have_delivered(slowest: int) -> None:
-    """Whichever rank is the last; D itself takes no time unless `costs` names it."""
+def test_a_forward_of_stage_0_starts_when_all_ranks_have_delivered(slowest: int, ranks: tuple[int, ...]) -> None:
+    """Whichever rank is the last, and has stage 0; D itself takes no time unless `costs` names it."""
     base = make_schedule("1f1b", num_ranks=3, num_microbatches=2)
-    actions = {rank: (*map(Action.parse, (f"0VF{rank}", "0D0", "0D1")), *own) for rank, own in base.actions.items()}
+    actions = {
+        rank: (*map(Action.parse, (f"0VF{rank}", "0D0", "0D1")), *base.actions[stage])
+        for stage, rank in enumerate(ranks)
+    }
     needs = {Action.parse(f"0F{i}"): (Action.parse(f"0D{i}"),) for i in range(2)}
     seconds = {Action.parse(f"0VF{rank}"): 9.0 if rank == slowest else 1.0 + rank for rank in range(3)}
-    schedule = replace(base, actions=actions, requires=needs)
+    schedule = replace(base, rank_of_stage=ranks, actions=actions, requires=needs)
     for each in (schedule, lower(schedule)):
         timeline = simulate(each, {**COSTS, **seconds})
         starts = {(span.rank, str(span.action)): span.start for span in timeline}
         assert [starts[rank, "0D1"] for rank in range(3)] == [seconds[Action.parse(f"0VF{rank}")] for rank in range(3)]
-        assert (starts[0, "0F0"], starts[1, "1F0"]) == (9.0, 10.0)
+        assert (starts[ranks[0], "0F0"], starts[ranks[1], "1F0"]) == (9.0, 10.0)
         later = simulate(each, {**COSTS, **seconds, Action.parse("0D1"): 4.0})
         starts = {str(span.action): span.start for span in later if span.action.kind is Kind.FORWARD}
-        assert (starts["0F0"], starts["0F1"]) == ((13.0, 14.0) if slowest == 0 else (9.0, 13.0))
+        assert (starts["0F0"], starts["0F1"]) == ((13.0, 14.0) if slowest == ranks[0] else (9.0, 13.0))
 
 
 @pytest.mark.parametrize(
