@@ -1,13 +1,14 @@
 """JSON lines: what is read, and what is refused with the file and the line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from k25sys.evaluation.rows import Media, read_rows
 from k25sys.evaluation.runner import check_rows, prompt_of
-from k25sys.evaluation.tasks import Task, find_task, tasks
+from k25sys.evaluation.tasks import find_task, tasks
 
 GOOD = {"id": "a", "prompt": "1 + 1?", "answer": "2"}
 
@@ -36,7 +37,7 @@ def test_a_row_with_all_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "{", "[]", "1", '{"id": "x"} {"id": "y"}', '{"id": NaN, "prompt": "x", "answer": "y"}', "[" * 100_000,
+        "{", "[]", "1", '{"id": "x"} {"id": "y"}', '{"id": "x", "prompt": "x", "answer": NaN}', "[" * 100_000,
         '{"id": "x", "id": "y", "prompt": "x", "answer": "y"}',
         {"prompt": "x", "answer": "y"}, {"id": "x", "answer": "y"}, {"id": "x", "prompt": "x"},
         {**GOOD, "id": 1.5}, {**GOOD, "id": True}, {**GOOD, "id": None},
@@ -115,6 +116,6 @@ def test_tasks_that_rules_cannot_score_are_refused() -> None:
             assert task.scoring() is task.rule
     with pytest.raises(ValueError, match=r"find_task: task: got 'aime2025', accepted .*aime-2025"):
         find_task("aime2025")
-    for changes in ({"num_samples": 0}, {"max_tokens": 0}, {"temperature": float("nan")}):
-        with pytest.raises(ValueError, match="Task"):
-            Task(name="x", title="x", group="x", **changes)
+    for name, value in (("num_samples", 0), ("max_tokens", 0), ("temperature", float("nan")), ("temperature", -1)):
+        with pytest.raises(ValueError, match=f"Task: {name}"):
+            replace(find_task("exact"), **{name: value})

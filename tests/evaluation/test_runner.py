@@ -126,12 +126,12 @@ GREEDY = Sampling(num_samples=1, max_tokens=6, temperature=0.0, top_p=1.0, mode=
 def test_replies_are_the_models(tiny: KimiK25) -> None:
     """Prompts of a batch answer as alone, and as `generate` does."""
     tokenizer = ByteTokenizer()
-    prompts: list[Prompt] = [("one",), ("a longer prompt",), ("x",)]
-    together = ModelEngine(tiny, tokenizer).generate(prompts, GREEDY)
-    alone = ModelEngine(tiny, tokenizer, max_sequences=1).generate(prompts, GREEDY)
+    texts = ["one", "a longer prompt", "x"]
+    together = ModelEngine(tiny, tokenizer).generate([(text,) for text in texts], GREEDY)
+    alone = ModelEngine(tiny, tokenizer, max_sequences=1).generate([(text,) for text in texts], GREEDY)
     assert together == alone
-    for prompt, (reply,) in zip(prompts, together, strict=True):
-        ids = render_chat([UserTurn(content=list(prompt))], tokenizer, prompt="instant").token_ids
+    for text, (reply,) in zip(texts, together, strict=True):
+        ids = render_chat([UserTurn(content=text)], tokenizer, prompt="instant").token_ids
         (sample,) = generate(tiny, [ids], max_new_tokens=6, temperature=0.0)
         known = [token for token in sample.token_ids if token < tokenizer.vocab_size]
         assert reply == Reply(tokenizer.decode(known).strip(), 6, False)

@@ -52,6 +52,11 @@ def test_choice_letter(reply: str, letter: str | None) -> None:
     assert choice_letter(reply, 4) == letter
 
 
+def test_the_ninth_letter_is_also_a_word() -> None:
+    assert choice_letter("The answer is I think so", 10) is None
+    assert choice_letter("The answer is I", 10) == choice_letter("The answer is (I) think", 10) == "I"
+
+
 @given(st.integers(2, 26), st.data())
 def test_every_letter_in_every_form(num_choices: int, data: st.DataObject) -> None:
     letter = data.draw(st.sampled_from(string.ascii_uppercase))
