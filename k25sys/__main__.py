@@ -34,7 +34,7 @@ def main() -> int:
     run.add_argument("recipe", metavar="RECIPE", help="see `python -m k25sys recipes`")
     run.add_argument("--preset", default="tiny", help="tiny, small, moonlight or k25")
     run.add_argument("--steps", type=int, metavar="N", help="the number of the last step, after --resume too")
-    run.add_argument("--output", metavar="DIR", help="of metrics.jsonl, config.json, checkpoints")
+    run.add_argument("--output", metavar="DIR", help="of metrics and checkpoints (default: runs/RECIPE-PRESET)")
     run.add_argument("--resume", action="store_true", help="from the newest intact checkpoint in DIR, if there is one")
     run.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable"

@@ -1,7 +1,8 @@
 """What goes into the model: pictures and videos as patches, text and conversations as tokens. Knows no model.
 
 Pictures need Pillow and videos PyAV (`pip install 'k25sys[media]'`); the released vocabulary needs tiktoken
-(`k25sys[tiktoken]`). Sources of documents are in `k25sys.data.sources`, a corpus to try things on in `k25sys.data.corpus` (`k25sys[corpus]`).
+(`k25sys[tiktoken]`). Sources of documents are in `k25sys.data.sources`, a corpus to try things on in
+`k25sys.data.corpus` (`k25sys[corpus]`).
 """
 
 from k25sys.data.chat import (

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer
-from k25sys.errors import ArgumentValueError, ConfigError, message
+from k25sys.errors import ArgumentValueError, message
 from k25sys.models import KimiK25Config
 from k25sys.parallel import RankGrid
 from k25sys.parallel.faults import Monitor
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         ConfigError, GridError, ... : one line that says what to change.
     """
+    arguments.output = arguments.output or f"runs/{arguments.recipe}-{arguments.preset}"
     if arguments.recipe == fusion_ablation.NAME:
         return fusion_ablation.run(arguments)
     recipe = find_recipe(arguments.recipe)
@@ -57,8 +58,6 @@ def run(arguments: argparse.Namespace) -> str:
     needs, has = _bytes_needed(config, model_config), _bytes_here()
     if needs > has:
         return _planned(config, needs, has)
-    if not arguments.output:
-        raise ConfigError(message("run", "--output", "none", "a folder for metrics and checkpoints"))
     tokenizer = _tokenizer(config, model_config)
     with _ranks(config) as (grid, monitor):
         mixture = _in_turn(grid, lambda: recipe.mixture(config, tokenizer, Path(arguments.output) / "data"))

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from k25sys.data import ByteTokenizer
-from k25sys.errors import ConfigError, OptionalPackageError, message
+from k25sys.errors import OptionalPackageError, message
 from k25sys.models.presets import preset
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.recipes import pretrain
@@ -54,8 +54,6 @@ class Curve:
 
 def run(arguments: argparse.Namespace) -> str:
     """All arms and seeds, one after the other; curves.json, the table, and the figure."""
-    if not arguments.output:
-        raise ConfigError(message("run", "--output", "none", "a folder"))
     settings = dict(assignment.partition("=")[::2] for assignment in arguments.set)
     seeds = [int(seed) for seed in settings.pop("seeds", "0,1,2").split(",")]
     figure = settings.pop("figure", None)

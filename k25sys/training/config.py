@@ -53,6 +53,21 @@ class PipelineOptions:
     virtual_stages: int = 1
     microbatches: int | None = None
     """Of each data rank, a step; None: one for each of its sequences."""
+    extra_warmup: int = 0
+    """See make_schedule; Kimi K2's is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelismOptions:
+    """How the parallel parts work: see ParallelOptions."""
+
+    attention: str = "sdpa"
+    transport: str = "torch"
+    """Of tokens on their way to experts: torch or deepep."""
+    payload: str = "exact"
+    """Their form: exact, bf16 or fp8."""
+    memory: tuple[str, ...] = ()
+    """What is recomputed, and what is stored in E4M3, by name: see parallel.recompute.NAMES."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +80,10 @@ class VisionOptions:
     """In a pack of the encoder."""
     projector: str = "encoder"
     """Under dep, where the projector lies: with the encoder, or in stage0."""
+    prefetch: int = 1
+    """Under dep: micro-batches whose rows travel ahead of their use."""
+    ranks_per_node: int | None = None
+    """Under dep: packs are encoded on the node that has them, as far as the balance allows; None: anywhere."""
     deterministic: bool = False
     """Under dep: gradients that do not depend on the number of ranks, bit for bit."""
 
@@ -162,6 +181,7 @@ class RunConfig:
     precision: str = "fp32"
     grid: GridOptions = field(default_factory=GridOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
+    parallelism: ParallelismOptions = field(default_factory=ParallelismOptions)
     vision: VisionOptions = field(default_factory=VisionOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,6 +62,7 @@ class Trainer:
         validation: Mapping[str, Mixture] | None = None,
         monitor: Monitor | None = None,
     ) -> None:
+        config = _resolved(config, grid)
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
         self.parts: Parts = build(
@@ -163,6 +165,7 @@ class Trainer:
             "loss_tokens": batch.loss_tokens,
             "tokens_by_source": batch.tokens_by_source,
             "patches": batch.patches,
+            **_balance(outcome),
             "learning_rate": rate,
             "gradient_norm": outcome.gradient_norm,
             "finite": outcome.finite,
@@ -250,6 +253,23 @@ class Trainer:
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
+
+
+def _balance(outcome: StepOutcome) -> dict[str, float]:
+    """Of a decoupled encoder: its fullest rank's load over the mean, and the least that any plan could have."""
+    plan = outcome.encoding
+    if plan is None:
+        return {}
+    return {"encoder_max_over_mean": plan.max_over_mean, "encoder_over_lower_bound": plan.over_lower_bound}
+
+
+def _resolved(config: RunConfig, grid: RankGrid) -> RunConfig:
+    """What the grid and the batch leave open, said."""
+    data = grid.size("data")
+    microbatches = config.pipeline.microbatches or max(1, config.batch.sequences // data)
+    return replace(
+        config, grid=replace(config.grid, data=data), pipeline=replace(config.pipeline, microbatches=microbatches)
+    )  # fmt: skip
 
 
 def _peak_flops(grid: RankGrid) -> float | None:

@@ -45,8 +45,8 @@ class ParallelOptions:
     vision: str = "stage0"
     """Where the encoder lies: "stage0", "dep" (on every rank, outside the stages) or "none"."""
     projector: str = "encoder"
-    """Where the projector lies with vision "dep": "encoder", so that rows of the decoder's width travel; or "stage0": the
-    tower's merged neighbourhoods travel, wider or narrower than those, and the first stage projects them, and keeps
+    """Where the projector lies with vision "dep": "encoder", so that rows of the decoder's width travel; or "stage0":
+    the tower's merged neighbourhoods travel, wider or narrower than those, and the first stage projects them, and keeps
     what the projector's backward needs of the micro-batches in flight."""
     max_patches: int = 16384
     """In a pack of the encoder."""

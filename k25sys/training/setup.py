@@ -68,14 +68,16 @@ def build(
     microbatches = config.pipeline.microbatches or len(own)
     schedule = make_schedule(
         config.pipeline.schedule, num_ranks=grid.size("pipeline"), num_microbatches=microbatches,
-        virtual_stages=config.pipeline.virtual_stages,
+        virtual_stages=config.pipeline.virtual_stages, extra_warmup=config.pipeline.extra_warmup,
     )  # fmt: skip
     mode = "none" if model_config.vision is None else config.vision.mode
     model = parallelize(
         model_config, grid, layers_of_stage=_layers_of_stage(model_config, schedule.num_stages, config),
         stages=schedule.stages_of(grid.index("pipeline")), dtype=dtype, seed=config.seed,
         options=ParallelOptions(
-            vision=mode, max_patches=config.vision.max_patches, projector=config.vision.projector
+            attention=config.parallelism.attention, transport=config.parallelism.transport,
+            payload=config.parallelism.payload, memory=config.parallelism.memory, vision=mode,
+            max_patches=config.vision.max_patches, projector=config.vision.projector,
         ),
     )  # fmt: skip
     optimizer = _optimizer(config, model, grid)
@@ -163,6 +165,7 @@ def _encoder(
     )
     options = DecoupledOptions(
         cost=cost, max_patches=config.vision.max_patches, deterministic=config.vision.deterministic,
+        prefetch=config.vision.prefetch, ranks_per_node=config.vision.ranks_per_node,
         trainable=any(parameter.requires_grad for parameter in model.encoder.parameters()),
     )  # fmt: skip
     return DecoupledEncoder(

@@ -127,7 +127,7 @@ class Stage(nn.Module):
         decoder = model.language_model.model
         self.layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
         heads = config.text.num_attention_heads // grid.size("tensor")
-        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"))
+        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"), device=grid.device_type)
         self.max_patches = max_patches
 
     @property

@@ -204,7 +204,7 @@ class Small:
     def __init__(self, grid: RankGrid, value: float = 0.0) -> None:
         tensors = {name: torch.zeros(layout.local_shape(grid.sizes)) for name, layout in LAYOUTS.items()}
         parameters = {name: nn.Parameter(tensors[name]) for name in ("matrix", "gain", "frozen")}
-        self.model = ParallelModel({}, parameters, LAYOUTS, WeightGradStore(), None, {"bias": tensors["bias"]})
+        self.model = ParallelModel({}, parameters, LAYOUTS, WeightGradStore(), None, (), {"bias": tensors["bias"]})
         trained = {name: parameter for name, parameter in parameters.items() if name != "frozen"}
         self.optimizer = ZeroOptimizer(trained, LAYOUTS, grid, MuonClipConfig(max_logit=None))
         self.fill(value)

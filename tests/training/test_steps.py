@@ -179,3 +179,31 @@ def _check_dep_bitwise(cases: list[GridCase]) -> None:
 def test_the_backbone_does_not_see_where_its_media_were_encoded() -> None:
     schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1)]
     run_ranks(2, _check_dep_bitwise, [case(name, virtual, pipeline=2) for name, virtual in schedules])
+
+
+def _check_after_a_failure(vision: str) -> None:
+    """A step that failed leaves nothing: the next one is that of a run without it."""
+    torch.set_num_threads(1)
+    norms = []
+    for fails in (False, True):
+        grid, each = RankGrid.create(GridSizes()), case()
+        runtime, model = build(each, small_config(), torch.float64, grid, vision)
+        names = [name for name in model.parameters if not name.startswith("language_model.")]
+        optimizer = ZeroOptimizer(model.parameters, model.layouts, grid, CONFIG, irregular=names)
+        decoupled = decouple(each, model, grid, torch.float64) if vision == "dep" else None
+        step = TrainStep(model, runtime, optimizer, grid, decoupled=decoupled)
+        batches = batches_of(0, 1, torch.float64)
+        media = media_of(batches, grid) if vision == "dep" else None
+        if fails:
+            wrong = batches[0][2].input_ids_T.clone()
+            wrong[-1] = 10**6
+            bad = [*batches[0][:2], replace(batches[0][2], input_ids_T=wrong), *batches[0][3:]]
+            with pytest.raises(ValueError, match="token 1000000, accepted 0 to 95"):
+                step.run(bad, learning_rate=RATE, media=media)
+        norms.append(step.run(batches[0], learning_rate=RATE, media=media).gradient_norm)
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("vision", ["stage0", "dep"])
+def test_a_step_that_failed_leaves_nothing_behind(vision: str) -> None:
+    _check_after_a_failure(vision)

@@ -90,7 +90,8 @@ def maze_path(rng: Random) -> Task:
         question=rng.choice(
             (
                 f"{file} is a maze: light blocks of {block} x {block} pixels are free, dark ones are walls. How many "
-                "moves from block to block does the shortest way take from the top left free block to the bottom right one?",
+                "moves from block to block does the shortest way take from the top left free block to the bottom "
+                "right one?",
                 f"Find the shortest route through the maze in {file}, from the free block in the top left corner to "
                 f"that in the bottom right corner. Blocks are {block} pixels wide, and a move goes to a block beside, "
                 "above or below. How many moves?",
@@ -212,7 +213,7 @@ def clock_time(rng: Random) -> Task:
             break
     radius, (short, long) = rng.randint(70, 95), rng.sample(("red", "blue", "green", "purple"), 2)
     centre = radius + 6
-    image = Image.new("RGB", (2 * centre + 1,) * 2, (240, 240, 240))
+    image = Image.new("RGB", (2 * centre + 1, 2 * centre + 1), (240, 240, 240))
     draw = ImageDraw.Draw(image)
     draw.ellipse((6, 6, 2 * radius + 6, 2 * radius + 6), fill=(255, 255, 255), outline=(0, 0, 0))
     for colour, length, turn in ((short, 0.5, (hour + minute / 60) / 12), (long, 0.85, minute / 60)):

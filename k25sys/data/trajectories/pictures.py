@@ -129,11 +129,11 @@ def turned_digits(rng: Random) -> Task:
         question=rng.choice(
             (
                 f"{file} shows a number in Pillow's default font of size {side}, {step} pixels from digit to digit, "
-                f"from (8, 4) on a ground {side + 16} pixels high. It was blurred (Gaussian, radius {blur}) and then turned "
-                "by some quarter turns. Which number is it?",
+                f"from (8, 4) on a ground {side + 16} pixels high. It was blurred (Gaussian, radius {blur}) and then "
+                "turned by some quarter turns. Which number is it?",
                 f"Read the number in {file}. It was written with ImageFont.load_default({side}), white on black, each "
-                f"digit {step} pixels after the one before, the first at (8, 4), the picture {side + 16} pixels high; then "
-                f"blurred with GaussianBlur({blur}) and perhaps rotated by a multiple of 90 degrees.",
+                f"digit {step} pixels after the one before, the first at (8, 4), the picture {side + 16} pixels high; "
+                f"then blurred with GaussianBlur({blur}) and perhaps rotated by a multiple of 90 degrees.",
             )
         ),
         answer=digits,

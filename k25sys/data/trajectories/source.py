@@ -155,9 +155,10 @@ def _conversation(record: Any) -> tuple[list[Turn], Any]:
 def _turn(entry: Any, calls: dict[str, ToolCall]) -> Turn:
     """One message. `calls` has the calls so far by the ids that the file gives them."""
     role = entry.get("role") if isinstance(entry, dict) else None
-    if role not in _KEYS:
+    if not isinstance(role, str) or role not in _KEYS:
         raise ChatFormatError(f"role {role!r} is none of {', '.join(_KEYS)}")
-    entry = {key: value for key, value in entry.items() if value is not None}
+    assert isinstance(entry, dict)
+    entry = {str(key): value for key, value in entry.items() if value is not None}
     if extra := sorted(entry.keys() - _KEYS[role]):
         raise ChatFormatError(f"{role} with {', '.join(extra)}, known are {', '.join(sorted(_KEYS[role]))}")
     content, name = _text(entry.get("content", "")), entry.get("name", role)
@@ -169,7 +170,7 @@ def _turn(entry: Any, calls: dict[str, ToolCall]) -> Turn:
         return UserTurn(content=content, name=name)
     if role == "tool":
         call_id = entry.get("tool_call_id")
-        if call_id not in calls:
+        if not isinstance(call_id, str) or call_id not in calls:
             raise ChatFormatError(f"tool_call_id {call_id!r} is of no call before it")
         return ToolTurn(call_id=calls[call_id].id, content=content, name=name)
     thinking = entry.get("reasoning_content", "")

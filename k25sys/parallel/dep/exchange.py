@@ -109,7 +109,6 @@ class RowMessages:
     dtype: torch.dtype
     device: torch.device
     row_shape: tuple[int, ...]
-    tag: int
     _sends: list[tuple[int, dist.Work, Tensor]] = field(default_factory=list)
     """By number of the micro-batch."""
     _receives: dict[tuple[MicroBatchKey, int], tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
@@ -121,7 +120,7 @@ class RowMessages:
         if target == rank:
             self._receives[key, rank] = (None, rows)
             return
-        work = dist.isend(rows, target, group=self.group, tag=self.tag)
+        work = dist.isend(rows, target, group=self.group)
         assert work is not None
         self._sends.append((key[1], work, rows))
 
@@ -130,7 +129,7 @@ class RowMessages:
         if source == rank or (key, source) in self._receives:
             return
         rows = torch.empty((num_rows, *self.row_shape), dtype=self.dtype, device=self.device)
-        work = dist.irecv(rows, source, group=self.group, tag=self.tag)
+        work = dist.irecv(rows, source, group=self.group)
         assert work is not None
         self._receives[key, source] = (work, rows)
 
@@ -161,6 +160,11 @@ class RowMessages:
     def bytes_awaited(self) -> int:
         """Held by messages that have not been consumed, arrived or not."""
         return sum(rows.nbytes for _, rows in self._receives.values())
+
+    def abandon(self) -> None:
+        """Lets go of everything, of a step that failed."""
+        self._sends.clear()
+        self._receives.clear()
 
     @property
     def bytes_waiting(self) -> int:

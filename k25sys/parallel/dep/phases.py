@@ -15,14 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k25sys.errors import ArgumentValueError, ShapeError, message
-from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, assign, make_packs
+from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, Pack, assign, make_packs
 from k25sys.parallel.dep.exchange import Routes, RowMessages
 from k25sys.parallel.dep.reduction import sum_in_order
 from k25sys.parallel.dep.schedule import DeliveryPoints, add_vision, delivery_points
 from k25sys.parallel.grid import RankGrid
 from k25sys.parallel.pipeline.ir import Kind, Schedule
-
-_ROWS_TAG, _GRADIENTS_TAG = 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,8 @@ class DecoupledOptions:
     """Patches in a pack: what phases (a) and (c) hold in activations."""
     prefetch: int = 1
     """Micro-batches whose rows are sent ahead of their use; >= 1."""
+    ranks_per_node: int | None = None
+    """Packs stay on the node where their data rank has stage 0, as far as the balance allows; None: anywhere."""
     trainable: bool = True
     """Without, there is no phase (c), and stage 0 keeps no gradients of rows."""
     deterministic: bool = False
@@ -82,7 +82,7 @@ class DecoupledEncoder:
     Args:
         encoder: (pixels (P, ...), grid_thw (N, 3)) -> (Q, *row_shape), the rows of all clips in order. Its forward is
             repeated in phase (c): it must compute the same again (no dropout).
-        grid: all of its ranks take part. A process group of its own is made: collective.
+        grid: all of its ranks take part. Process groups of its own are made: collective.
         row_shape: of one feature row.
         rows_of: the number of feature rows of a clip.
         dtype: in which rows and their gradients travel.
@@ -101,16 +101,12 @@ class DecoupledEncoder:
     ) -> None:
         self.encoder, self.grid, self.options = encoder, grid, options
         self.row_shape, self.rows_of, self.dtype = row_shape, rows_of, dtype
-        self._group = None
-        if grid.size("world") > 1:
-            group = dist.new_group(list(grid.ranks("world")), group_desc="decoupled encoder")
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
+        # One for rows and one for gradients: a pair's messages of one kind are in one order on both ends, of both not.
+        self._group, backward_group = (_make_group(grid, kind) for kind in ("rows", "gradients"))
         device = next(encoder.parameters()).device
         self._device = device
-        self._rows, self._gradients = (
-            RowMessages(self._group, dtype, device, row_shape, tag) for tag in (_ROWS_TAG, _GRADIENTS_TAG)
-        )
+        self._rows = RowMessages(self._group, dtype, device, row_shape)
+        self._gradients = RowMessages(backward_group, dtype, device, row_shape)
         self._step: _Step | None = None
         self._points: tuple[Schedule, DeliveryPoints] | None = None
         """Of the last backbone."""
@@ -134,14 +130,27 @@ class DecoupledEncoder:
             train: False for an evaluation: phase (a) alone.
         """
         self._assert_idle()
+        packs, per_node = make_packs(clips, max_patches=self.options.max_patches), self.options.ranks_per_node
         plan = assign(
-            make_packs(clips, max_patches=self.options.max_patches), self.options.cost, self.grid.size("world")
-        )
+            packs, self.options.cost, self.grid.size("world"), ranks_per_node=per_node,
+            node_of_pack=None if per_node is None else [self._home(pack) // per_node for pack in packs],
+        )  # fmt: skip
         owners = {clip: ranks[0] for pack, ranks in zip(plan.packs, plan.owners, strict=True) for clip in pack.clips}
         routes = Routes.make(owners, self.rows_of, consumers)
         trainable = self.options.trainable and any(parameter.requires_grad for parameter in self.encoder.parameters())
         self._step = _Step(plan, routes, load_pixels, train and trainable)
         return plan
+
+    def _home(self, pack: Pack) -> int:
+        """The first rank of stage 0 that has the pack's data rank."""
+        sizes, data_rank = self.grid.sizes, pack.clips[0].home[0]
+        return next(rank for rank in range(sizes.ranks_per_stage) if sizes.coordinate(rank, "data") == data_rank)
+
+    def abort(self) -> None:
+        """Drops a step that failed, and its messages."""
+        self._step = None
+        self._rows.abandon()
+        self._gradients.abandon()
 
     def schedule(self, backbone: Schedule) -> Schedule:
         """The backbone's schedule with the vision actions of this rank's replica: see `add_vision`."""
@@ -294,3 +303,11 @@ class DecoupledEncoder:
 
     def _assert_idle(self) -> None:
         assert self._step is None, "finish() ends the step before"
+
+
+def _make_group(grid: RankGrid, kind: str) -> dist.ProcessGroup | None:
+    if grid.size("world") == 1:
+        return None
+    group = dist.new_group(list(grid.ranks("world")), group_desc=f"decoupled encoder's {kind}")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
