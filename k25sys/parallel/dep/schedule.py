@@ -18,8 +18,8 @@ def delivery_points(backbone: Schedule, prefetch: int) -> DeliveryPoints:
 
     On every rank that is the action that it does, were all stages alike, when stage 0 starts the forward `prefetch`
     micro-batches before: a late stage is then as many micro-batches behind stage 0 as the pipeline is deep, and still
-    sends in time, and stage 0 gets no more ahead. A rank waits for nothing there, and what comes before is earlier on
-    one clock for all ranks: so no order of waits goes round in a circle.
+    sends in time, and stage 0 gets no more ahead. What a rank waits for there, that earlier rows were taken, and what
+    comes before are earlier on one clock for all ranks: so no order of waits goes round in a circle.
 
     Args:
         backbone: of compute, or lowered.
