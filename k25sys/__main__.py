@@ -1,4 +1,4 @@
-"""Command line of the package: `python -m k25sys {doctor, generate, eval, plan, convert, verify}`."""
+"""Command line of the package: `python -m k25sys {doctor, generate, eval, run, recipes, plan, convert, verify}`."""
 
 import argparse
 import os
@@ -25,9 +25,21 @@ def main() -> int:
     generate.add_argument("--image", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     generate.add_argument("--video", action="append", default=[], metavar="FILE", help="or sample:NAME; repeatable")
     _add_model_arguments(generate)
+    generate.add_argument("--plain", action="store_true", help="media, then TEXT, to be continued: no conversation")
+    generate.add_argument("--max-patches", type=int, metavar="N", help="of a picture or frame; larger ones are shrunk")
     generate.add_argument("--max-new-tokens", type=int, default=16)
     generate.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=1.0)
+    run = commands.add_parser("run", help="train by a recipe; under torchrun on a grid of processes")
+    run.add_argument("recipe", metavar="RECIPE", help="see `python -m k25sys recipes`")
+    run.add_argument("--preset", default="tiny", help="tiny, small, moonlight or k25")
+    run.add_argument("--steps", type=int, metavar="N", help="the number of the last step, after --resume too")
+    run.add_argument("--output", metavar="DIR", help="of metrics and checkpoints (default: runs/RECIPE-PRESET)")
+    run.add_argument("--resume", action="store_true", help="from the newest intact checkpoint in DIR, if there is one")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. grid.pipeline=2; repeatable"
+    )
+    commands.add_parser("recipes", help="what `run` can train")
     evaluation = commands.add_parser("eval", help="score a model on a file of questions by a benchmark's rule")
     add_eval_arguments(evaluation)
     _add_model_arguments(evaluation)
@@ -49,7 +61,8 @@ def main() -> int:
     verify.add_argument("folder", metavar="FOLDER")
     arguments = parser.parse_args()
     commands_by_name = {
-        "doctor": _doctor, "generate": _generate, "eval": _eval, "plan": _plan, "convert": _convert, "verify": _verify,
+        "doctor": _doctor, "generate": _generate, "eval": _eval, "run": _run, "recipes": _recipes, "plan": _plan,
+        "convert": _convert, "verify": _verify,
     }  # fmt: skip
     return commands_by_name[arguments.command](arguments)
 
@@ -102,7 +115,14 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
     from k25sys.data import ByteTokenizer, TiktokenTokenizer
     from k25sys.models import KimiK25
     from k25sys.models.presets import preset
+    from k25sys.training.weights import is_run_checkpoint, load_model
 
+    if arguments.checkpoint and is_run_checkpoint(arguments.checkpoint):
+        model, tokenizer = load_model(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)), ByteTokenizer()
+        if arguments.tokenizer:
+            tokenizer = TiktokenTokenizer(arguments.tokenizer)
+        _check_same_tokens(tokenizer, model)
+        return model, tokenizer
     config = read_config(arguments.checkpoint) if arguments.checkpoint else preset(arguments.preset)
     with torch.device("meta"):
         model = KimiK25(config).to(getattr(torch, arguments.dtype))
@@ -137,19 +157,57 @@ def _check_same_tokens(tokenizer: "Tokenizer", model: "KimiK25") -> None:
 
 
 def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens":
-    from k25sys.data import ImagePart, UserTurn, VideoPart, preprocess_image, preprocess_video, render_chat, sample_file
+    from k25sys.data import (
+        ChatTokens,
+        ImagePart,
+        MediaLimits,
+        UserTurn,
+        VideoPart,
+        preprocess_image,
+        preprocess_video,
+        render_chat,
+        sample_file,
+    )  # fmt: skip
+    from k25sys.data.media_text import clip_tokens
 
     def path_of(name: str) -> Path:
         return sample_file(name.removeprefix("sample:")) if name.startswith("sample:") else Path(name)
 
-    content: list[str | ImagePart | VideoPart] = []
+    limits = MediaLimits(padded_patches=arguments.max_patches)
+    content: list[ImagePart | VideoPart] = []
     for name in arguments.image:
-        pixels, grid = preprocess_image(path_of(name))
+        pixels, grid = preprocess_image(path_of(name), limits)
         content.append(ImagePart(pixel_values=pixels, grid_thw=grid))
     for name in arguments.video:
-        pixels, grid, timestamps = preprocess_video(path_of(name))
+        pixels, grid, timestamps = preprocess_video(path_of(name), limits)
         content.append(VideoPart(pixel_values=pixels, grid_thw=grid, timestamps=timestamps))
-    return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+    if not arguments.plain:
+        return render_chat([UserTurn(content=[*content, arguments.prompt])], tokenizer, prompt="instant")
+    ids: list[int] = []
+    for part in content:
+        kind = "image" if isinstance(part, ImagePart) else "video"
+        for number, grid_thw in enumerate(part.grid_thw.tolist()):
+            ids += tokenizer.encode(part.timestamps[number]) if isinstance(part, VideoPart) else []
+            ids += clip_tokens(kind, grid_thw, tokenizer)
+    ids += tokenizer.encode(arguments.prompt)
+    return ChatTokens(token_ids=ids, loss_mask=[False] * len(ids), media=content)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from k25sys.errors import DataWorkerError, DivergenceError, RankFailureError
+    from k25sys.recipes.command import run
+
+    try:
+        return _reported("run", lambda: run(arguments))
+    except (RankFailureError, DataWorkerError, DivergenceError) as error:
+        print(f"run: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from k25sys.recipes.command import list_recipes
+
+    return _reported("recipes", list_recipes)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -67,8 +67,28 @@ class ScheduleError(ValueError):
     """A pipeline schedule that is unknown, impossible for these sizes, incomplete, or that would deadlock."""
 
 
+class DataError(ValueError):
+    """Data ran out, a source does not keep to its contract, or a state is not of the streams that it is given to."""
+
+
+class DataWorkerError(RuntimeError):
+    """A process that reads data died or could not be started."""
+
+
 class RankFailureError(RuntimeError):
     """Another rank died, hangs or failed; the message names it and the action in which it was waited for."""
+
+
+class SandboxError(RuntimeError):
+    """The interpreter of a sandbox cannot be started."""
+
+
+class TrajectoryError(ValueError):
+    """A generated program does not solve its problem, or does not go as its text says."""
+
+
+class DivergenceError(RuntimeError):
+    """Gradients that were not finite for many steps in a row; the parameters are those before them."""
 
 
 def message(op: str, argument: str, got: object, accepted: str, hint: str = "") -> str:

@@ -37,16 +37,20 @@ INDEX = "index.json"
 FORMAT = "k25sys distributed checkpoint 1"
 FILE_BYTES = 1 << 30
 _T = TypeVar("_T")
-Steps = Generator["_Send", list[Any], _T]
+Steps = Generator["Send", list[Any], _T]
 """Work of one rank between exchanges with the others: what it yields goes to them, what it is sent is that of all."""
 
 
 @dataclass(frozen=True)
-class _Send:
+class Send:
     """JSON for all ranks, or for rank 0 alone, which is then the only one that is sent anything."""
 
     value: Any
     to_all: bool = True
+
+
+class OtherRanksError(CheckpointError):
+    """Other ranks failed; the message names them, with their errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +100,10 @@ def save(
         CheckpointError: `folder` exists, parts are missing or overlap, ranks disagree, another rank failed.
         TypeError, ValueError: a piece that does not fit its layout; `extra` that is not JSON. OSError: of the disk.
     """
-    _drive(grid, save_steps(Path(folder), grid, step, pieces, extra, file_bytes))
+    drive(grid, save_steps(Path(folder), grid, step, pieces, extra, file_bytes))
 
 
-def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece]) -> Loaded:
+def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece], *, step: int | None = None) -> Loaded:
     """Verifies a checkpoint and fills the tensors of `wanted` from it, whatever grid wrote it. Collective.
 
     Of each key that some rank wants, the ranks together must want every name. Nothing is filled unless every file is
@@ -109,6 +113,7 @@ def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece]
         folder: a published checkpoint.
         grid: of all ranks; any sizes.
         wanted: pieces, whose tensors are written in place.
+        step: if given, the one that the checkpoint must be of.
 
     Returns:
         Step, extra and the sizes of the grid that wrote it.
@@ -117,7 +122,7 @@ def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece]
         CheckpointError: a missing, extra, truncated or altered file, with its name; a tensor that is missing, is not
             wanted, or has another shape or dtype; another rank failed. TypeError, ValueError: as `save`.
     """
-    return _drive(grid, load_steps(Path(folder), grid, wanted))
+    return drive(grid, load_steps(Path(folder), grid, wanted, step))
 
 
 def save_steps(
@@ -134,18 +139,18 @@ def save_steps(
                 shutil.rmtree(left, ignore_errors=True)
             temporary = store.begin_publishing(folder)
         held = [(digest, part.num_bytes) for digest, (part, _) in parts.items()]
-        everyone = yield _Send({"temporary": temporary and str(temporary), "common": common, "held": held})
+        everyone = yield Send({"temporary": temporary and str(temporary), "common": common, "held": held})
         for rank, one in enumerate(everyone):
             if one["common"] != everyone[0]["common"]:
                 raise CheckpointError(f"{folder}: rank {rank} saves {one['common']}, rank 0 {everyone[0]['common']}")
         writers = assign_writers([one["held"] for one in everyone])
         mine = [entry for digest, entry in parts.items() if writers[digest] == grid.rank]
         written = _write(Path(everyone[0]["temporary"]), grid.rank, mine, file_bytes)
-        reports = yield _Send(written, to_all=False)
+        reports = yield Send(written, to_all=False)
         if temporary is not None:
             _publish(temporary, folder, grid.sizes, step, extra, reports)
             store.move_latest(folder)
-        yield _Send(None)
+        yield Send(None)
     except BaseException:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -167,7 +172,7 @@ def _common(folder: Path, step: int, extra: dict[str, Any], file_bytes: int) -> 
         raise ArgumentTypeError(message("save", "extra", error, accepted)) from error
     if json.loads(text) != value:
         hint = "keys must be texts, sequences lists"
-        raise ArgumentTypeError(message("save", "extra", extra, "JSON that reads back as it was", hint))
+        raise ArgumentTypeError(message("save", "extra", repr(extra)[:200], "JSON that reads back as it was", hint))
     return text
 
 
@@ -244,20 +249,24 @@ def _publish(
     store.finish_publishing(temporary, folder, files, step=step)
 
 
-def load_steps(folder: Path, grid: RankGrid, wanted: Iterable[Piece]) -> Steps[Loaded]:
+def load_steps(folder: Path, grid: RankGrid, wanted: Iterable[Piece], step: int | None = None) -> Steps[Loaded]:
     """`load` as one rank's steps."""
     wanted = list(wanted)
     manifest = store.read_manifest(folder)
+    if step is not None and manifest.get("step") != step:
+        raise CheckpointError(f"{folder / store.MANIFEST}: of step {manifest.get('step')}, wanted {step}")
     _check_share(folder, manifest, grid)
     loaded, tensors = _read_index(folder, manifest)
-    plan: defaultdict[str, list[tuple[str, Tensor, list[Copy]]]] = defaultdict(list)
+    if loaded.step != manifest.get("step"):
+        raise CheckpointError(f"{folder / INDEX}: of step {loaded.step}, {store.MANIFEST} of {manifest.get('step')}")
+    plan: defaultdict[str, list[tuple[Part, Tensor, list[Copy]]]] = defaultdict(list)
     for piece in wanted:
         _plan(folder, piece, piece.where(grid.sizes, grid.rank), tensors, plan)
     names = sorted({(piece.key, piece.name) for piece in wanted})
-    _check_wanted(folder, tensors, (yield _Send(_positions(names, tensors))))
+    _check_wanted(folder, tensors, (yield Send(_positions(names, tensors))))
     for file, entries in sorted(plan.items()):
         _fill(folder / file, entries)
-    yield _Send(None)
+    yield Send(None)
     return loaded
 
 
@@ -285,7 +294,7 @@ def _read_index(folder: Path, manifest: dict[str, Any]) -> tuple[Loaded, dict[tu
     try:
         sizes, step, extra = GridSizes(**index["sizes"]), int(index["step"]), dict(index["extra"])
         tensors = {(tensor["key"], tensor["name"]): _tensor(tensor) for tensor in index["tensors"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not the index of a checkpoint: {type(error).__name__}: {error}") from error
     strange = {file for tensor in tensors.values() for file, _ in tensor.parts if file not in manifest["files"]}
     if strange:
@@ -300,13 +309,14 @@ def _tensor(described: dict[str, Any]) -> _Tensor:
     for part in described["parts"]:
         box = tuple((first, last) for first, last in part["box"])
         here = Part(**own, shape=shape, box=box, begin=part["begin"], end=part["end"])
-        parts.append((part["file"], here))
+        here.check()
+        parts.append((str(part["file"]), here))
     return _Tensor(dtype=described["dtype"], shape=shape, parts=parts)
 
 
 def _plan(
     folder: Path, piece: Piece, target: Part, tensors: dict[tuple[str, str], _Tensor],
-    plan: defaultdict[str, list[tuple[str, Tensor, list[Copy]]]],
+    plan: defaultdict[str, list[tuple[Part, Tensor, list[Copy]]]],
 ) -> None:  # fmt: skip
     what = f"{folder / INDEX}: {piece.key} of {piece.name}"
     tensor = tensors.get((piece.key, piece.name))
@@ -319,7 +329,7 @@ def _plan(
     for file, source in tensor.parts:
         here = list(copies(source, target))
         if here:
-            plan[file].append((source.entry, piece.tensor, here))
+            plan[file].append((source, piece.tensor, here))
             found += sum(copy.num_elements for copy in here)
     if found != target.end - target.begin:
         raise CheckpointError(f"{what}: has {found} of {target.end - target.begin} elements")
@@ -345,11 +355,15 @@ def _check_wanted(folder: Path, tensors: dict[tuple[str, str], _Tensor], positio
         raise CheckpointError(f"{folder / INDEX}: {len(left)} tensors that no rank wants: {listing(left)}")
 
 
-def _fill(path: Path, entries: list[tuple[str, Tensor, list[Copy]]]) -> None:
+def _fill(path: Path, entries: list[tuple[Part, Tensor, list[Copy]]]) -> None:
     try:
         with safe_open(str(path), framework="pt") as file:
-            for entry, target, here in entries:
-                source = file.get_slice(entry)[:]  # of the mapped file: only what is copied is read
+            for part, target, here in entries:
+                stored = file.get_slice(part.entry)
+                if stored.get_dtype() != part.dtype or stored.get_shape() != [part.end - part.begin]:
+                    got = f"{stored.get_dtype()} {stored.get_shape()}"
+                    raise CheckpointError(f"{path}: {part.entry} is {got}, which {INDEX} says it is not")
+                source = stored[:]  # of the mapped file: only what is copied is read
                 for copy in here:
                     with torch.no_grad():
                         copy.run(source, target.detach().view(-1))
@@ -357,8 +371,9 @@ def _fill(path: Path, entries: list[tuple[str, Tensor, list[Copy]]]) -> None:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def _drive(grid: RankGrid, steps: Steps[_T]) -> _T:
-    """Runs the steps with exchanges over the grid. What a rank raises, every rank raises, at the same exchange."""
+def drive(grid: RankGrid, steps: Steps[_T]) -> _T:
+    """Runs the steps with exchanges over the grid. What a rank raises, every rank raises, at the same exchange: the
+    others as OtherRanksError."""
     received: list[Any] | None = None
     while True:
         try:
@@ -367,7 +382,7 @@ def _drive(grid: RankGrid, steps: Steps[_T]) -> _T:
             return stop.value
         except BaseException as error:
             with suppress(RuntimeError):  # of a rank that died: this one has its own error to raise
-                _exchange(grid, _Send(f"{type(error).__name__}: {error}"), failed=True)
+                _exchange(grid, Send(f"{type(error).__name__}: {error}"), failed=True)
             raise
         try:
             received, failures = _exchange(grid, send, failed=False)
@@ -375,7 +390,7 @@ def _drive(grid: RankGrid, steps: Steps[_T]) -> _T:
             _end(steps, error)
             raise
         if failures:
-            error = CheckpointError("; ".join(f"rank {rank} failed: {text}" for rank, text in sorted(failures.items())))
+            error = OtherRanksError("; ".join(f"rank {rank} failed: {text}" for rank, text in sorted(failures.items())))
             _end(steps, error)
             raise error
 
@@ -389,7 +404,7 @@ def _end(steps: Steps[Any], error: BaseException) -> None:
             raise
 
 
-def _exchange(grid: RankGrid, send: _Send, *, failed: bool) -> tuple[list[Any], dict[int, str]]:
+def _exchange(grid: RankGrid, send: Send, *, failed: bool) -> tuple[list[Any], dict[int, str]]:
     """What every rank sent, or what the failed ones said."""
     world = grid.group("world")
     data = json.dumps(send.value).encode()

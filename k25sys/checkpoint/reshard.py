@@ -110,6 +110,19 @@ class Part:
         """Its name in a file of one rank."""
         return f"{self.key}/{self.name}[{self.begin}:{self.end}]"
 
+    def check(self) -> None:
+        """That a part which was read from a file is one.
+
+        Raises:
+            TypeError, ValueError: it is not.
+        """
+        numbers = [*self.shape, *(bound for bounds in self.box for bound in bounds), self.begin, self.end]
+        if any(type(number) is not int for number in numbers):
+            raise ArgumentTypeError(message("Part", self.entry, numbers, "ints"))
+        inside = all(0 <= first < last <= size for (first, last), size in zip(self.box, self.shape, strict=True))
+        if not inside or not 0 <= self.begin < self.end <= prod(self.local_shape) or self.dtype not in DTYPES:
+            raise ArgumentValueError(message("Part", self.entry, self, "a range of a box of the shape, and a dtype"))
+
     def digest(self) -> int:
         """The same number for the same part on another rank."""
         text = json.dumps([self.name, self.key, self.dtype, self.shape, self.box, self.begin, self.end])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from k25sys.data.geometry import MERGE
+from k25sys.data.media_text import clip_tokens, image_tokens
 from k25sys.data.tokenizer import SpecialTokens, Tokenizer
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, ChatFormatError, message
 from k25sys.special_tokens import SPECIAL_LITERALS
@@ -153,12 +154,12 @@ class _Writer:
     def text(self, *parts: str) -> None:
         self.pending += parts
 
-    def special(self, token: int, count: int = 1) -> None:
+    def special(self, *tokens: int) -> None:
         self._append(self.tokenizer.encode("".join(self.pending)))
         self.pending.clear()
-        self._append([token] * count)
+        self._append(tokens)
 
-    def _append(self, ids: list[int]) -> None:
+    def _append(self, ids: Sequence[int]) -> None:
         self.token_ids += ids
         self.loss_mask += [self.is_model] * len(ids)
 
@@ -338,27 +339,17 @@ def _write_content(writer: _Writer, content: Content, where: str) -> list[ImageP
         if isinstance(part, str):
             writer.text(part)
         elif isinstance(part, ImagePart):
-            _write_clip(writer, "image", part.grid_thw[0])
+            writer.special(*image_tokens(part.grid_thw[0].tolist(), writer.tokenizer))
             media.append(part)
         elif isinstance(part, VideoPart):
             for time, grid in zip(part.timestamps, part.grid_thw, strict=True):
                 writer.text(time)
-                _write_clip(writer, "video", grid)
+                writer.special(*clip_tokens("video", grid.tolist(), writer.tokenizer))
             media.append(part)
         else:
             got = type(part).__name__
             raise ArgumentTypeError(message("render_chat", f"{where}.content[{i}]", got, "str, ImagePart or VideoPart"))
     return media
-
-
-def _write_clip(writer: _Writer, kind: str, grid: Tensor) -> None:
-    special = writer.tokenizer.special
-    _, h, w = grid.tolist()
-    writer.special(special.media_begin)
-    writer.text(kind)
-    writer.special(special.media_content)
-    writer.special(special.media_pad, h // MERGE * (w // MERGE))
-    writer.special(special.media_end)
 
 
 def _check_prompt(op: str, prompt: Any) -> None:

@@ -5,6 +5,7 @@ Sizes are (height, width) in pixels unless a name says patches. Source: the rele
 
 import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ class MediaLimits:
     Attributes:
         image_patches: patches of a picture. A bound on the scale, not on the result: padding may exceed it by some.
         frame_patches: the same for a frame of a video.
+        padded_patches: patches of a picture or frame with its padding, at least 4; what is larger is shrunk further.
+            None is no such bound, as released.
         side_patches: patches along one side.
         fps: frames a second that are taken from a video.
         frames_per_group: frames that share their tokens, 1 to 4.
@@ -34,6 +37,7 @@ class MediaLimits:
 
     image_patches: int = 16384
     frame_patches: int = 4096
+    padded_patches: int | None = None
     side_patches: int = 512
     fps: float = 2.0
     frames_per_group: int = MAX_FRAMES_PER_GROUP
@@ -43,7 +47,7 @@ class MediaLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "max_frames" and value is None:
+            if field.name in ("max_frames", "padded_patches") and value is None:
                 continue
             is_number = isinstance(value, (int, float) if field.name == "fps" else int) and not isinstance(value, bool)
             if not is_number:
@@ -53,6 +57,9 @@ class MediaLimits:
             most = MAX_FRAMES_PER_GROUP if field.name == "frames_per_group" else math.inf
             if not 0 < value <= most or not math.isfinite(value):
                 raise ArgumentValueError(message("MediaLimits", field.name, value, f"a number in (0, {most}]"))
+        if self.padded_patches is not None and self.padded_patches < MERGE * MERGE:
+            accepted = f"at least {MERGE * MERGE}, one token"
+            raise ArgumentValueError(message("MediaLimits", "padded_patches", self.padded_patches, accepted))
 
 
 RELEASED_LIMITS = MediaLimits()
@@ -76,8 +83,12 @@ class ResizePlan:
         return self.padded[0] // CELL * (self.padded[1] // CELL)
 
 
-def plan_resize(height: int, width: int, *, max_patches: int, side_patches: int) -> ResizePlan:
+def plan_resize(
+    height: int, width: int, *, max_patches: int, side_patches: int, padded_patches: int | None = None
+) -> ResizePlan:
     """The released rule: never enlarged, the shape kept, at most `max_patches` patches and `side_patches` along a side.
+
+    `padded_patches` is not part of that rule: it bounds the result with its padding (see MediaLimits).
 
     Raises:
         TypeError, ValueError: a size that is not a positive int.
@@ -87,22 +98,58 @@ def plan_resize(height: int, width: int, *, max_patches: int, side_patches: int)
     longest = side_patches * PATCH
     num_patches = max(1, height // PATCH) * max(1, width // PATCH)
     scale = min(1.0, math.sqrt(max_patches / num_patches), longest / height, longest / width)
-    resized = (min(max(1, int(height * scale)), longest), min(max(1, int(width * scale)), longest))
-    return ResizePlan(resized=resized, padded=(_round_up(resized[0]), _round_up(resized[1])))
+    plan = _scaled(height, width, scale, longest)
+    if padded_patches is not None and plan.num_tokens * MERGE**2 > padded_patches:
+        cells = padded_patches // MERGE**2
+        most_rows = min(cells, _round_up(height) // CELL)
+        # Exact, so that the side that decides fills its cells.
+        fits = (
+            min(Fraction(rows * CELL, height), Fraction(cells // rows * CELL, width))
+            for rows in range(1, most_rows + 1)
+        )
+        plan = _scaled(height, width, max(fits), longest)
+    return plan
 
 
 def image_grid(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -> tuple[int, int, int]:
     """(1, h, w) in patches of a picture of `height` x `width` pixels, as `preprocess_image` will give it."""
-    plan = plan_resize(height, width, max_patches=limits.image_patches, side_patches=limits.side_patches)
-    return 1, *plan.patches
+    return 1, *plan_image(height, width, limits).patches
+
+
+def plan_image(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -> ResizePlan:
+    """What `preprocess_image` does to a picture of `height` x `width` pixels."""
+    return plan_resize(
+        height,
+        width,
+        max_patches=limits.image_patches,
+        side_patches=limits.side_patches,
+        padded_patches=limits.padded_patches,
+    )
+
+
+def plan_frame(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -> ResizePlan:
+    """What `preprocess_video` does to a frame of `height` x `width` pixels."""
+    return plan_resize(
+        height,
+        width,
+        max_patches=limits.frame_patches,
+        side_patches=limits.side_patches,
+        padded_patches=limits.padded_patches,
+    )
 
 
 def video_grids(
     num_frames: int, fps: float, height: int, width: int, limits: MediaLimits = RELEASED_LIMITS
 ) -> list[tuple[int, int, int]]:
     """(t, h, w) of each group of frames of a video, as `preprocess_video` will give them."""
-    plan = plan_resize(height, width, max_patches=limits.frame_patches, side_patches=limits.side_patches)
+    plan = plan_frame(height, width, limits)
     return [(t, *plan.patches) for t in group_sizes(len(sample_frames(num_frames, fps, limits)), limits)]
+
+
+def video_timestamps(num_frames: int, fps: float, limits: MediaLimits = RELEASED_LIMITS) -> list[str]:
+    """The time of the first frame of each group of a video, as `preprocess_video` will give them."""
+    wanted = sample_frames(num_frames, fps, limits)
+    return [timestamp(frame, fps) for frame in wanted[:: limits.frames_per_group]]
 
 
 def sample_frames(num_frames: int, fps: float, limits: MediaLimits = RELEASED_LIMITS) -> list[int]:
@@ -132,6 +179,11 @@ def timestamp(frame: int, fps: float) -> str:
     time = frame / fps
     seconds, milliseconds = int(time), int(time % 1 * 1000)
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"
+
+
+def _scaled(height: int, width: int, scale: float | Fraction, longest: int) -> ResizePlan:
+    resized = (min(max(1, int(height * scale)), longest), min(max(1, int(width * scale)), longest))
+    return ResizePlan(resized=resized, padded=(_round_up(resized[0]), _round_up(resized[1])))
 
 
 def _round_up(size: int) -> int:

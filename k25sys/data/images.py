@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k25sys.data.geometry import PATCH, RELEASED_LIMITS, MediaLimits, ResizePlan, plan_resize
+from k25sys.data.geometry import PATCH, RELEASED_LIMITS, MediaLimits, ResizePlan, plan_image
 from k25sys.errors import ArgumentTypeError, FileFormatError, OptionalPackageError, message
 
 if TYPE_CHECKING:
@@ -42,12 +42,14 @@ def preprocess_image(image: "Source | Image.Image", limits: MediaLimits = RELEAS
         ValueError: the file is no picture, or is cut short, damaged, empty or larger than limits.source_pixels.
         ImportError: Pillow is not installed.
     """
-    name = source_name(image)
-    with _opened(image, name) as picture:
-        _check_size("preprocess_image", name, picture.size, limits)
-        rgb = _to_rgb(picture, name)
-    plan = plan_resize(rgb.height, rgb.width, max_patches=limits.image_patches, side_patches=limits.side_patches)
-    return normalised_patches(resize_and_pad(rgb, plan)), torch.tensor([[1, *plan.patches]])
+    padded_HW3, plan = _resized_and_padded(image, limits)
+    return normalised_patches(padded_HW3), torch.tensor([[1, *plan.patches]])
+
+
+def read_image(image: "Source | Image.Image", limits: MediaLimits = RELEASED_LIMITS) -> np.ndarray:
+    """(H, W, 3) uint8: the picture as `preprocess_image` resizes it, before it is padded. Raises as that does."""
+    padded_HW3, plan = _resized_and_padded(image, limits)
+    return padded_HW3[: plan.resized[0], : plan.resized[1]]
 
 
 def read_image_size(image: "Source | Image.Image", limits: MediaLimits = RELEASED_LIMITS) -> tuple[int, int]:
@@ -60,6 +62,15 @@ def read_image_size(image: "Source | Image.Image", limits: MediaLimits = RELEASE
         _check_size("read_image_size", name, picture.size, limits)
         width, height = picture.size
         return (width, height) if _orientation(picture) >= 5 else (height, width)
+
+
+def _resized_and_padded(image: "Source | Image.Image", limits: MediaLimits) -> tuple[np.ndarray, ResizePlan]:
+    name = source_name(image)
+    with _opened(image, name) as picture:
+        _check_size("preprocess_image", name, picture.size, limits)
+        rgb = _to_rgb(picture, name)
+    plan = plan_image(rgb.height, rgb.width, limits)
+    return resize_and_pad(rgb, plan), plan
 
 
 def resize_and_pad(picture: "Image.Image", plan: ResizePlan) -> np.ndarray:

@@ -18,9 +18,9 @@ from k25sys.data.geometry import (
     RELEASED_LIMITS,
     MediaLimits,
     group_sizes,
-    plan_resize,
+    plan_frame,
     sample_frames,
-    timestamp,
+    video_timestamps,
 )
 from k25sys.data.images import Source, normalised_patches, opened_file, resize_and_pad, source_name
 from k25sys.errors import FileFormatError, OptionalPackageError, message
@@ -81,8 +81,7 @@ def preprocess_video(source: Source, limits: MediaLimits = RELEASED_LIMITS) -> t
     pixel_values = torch.empty((len(frames) * h * w, 3, PATCH, PATCH))
     for rows, frame in zip(pixel_values.split(h * w), frames, strict=True):
         rows.copy_(normalised_patches(frame))
-    starts = np.cumsum([0, *sizes[:-1]])
-    return pixel_values, torch.tensor([[t, h, w] for t in sizes]), [timestamp(wanted[i], fps) for i in starts]
+    return pixel_values, torch.tensor([[t, h, w] for t in sizes]), video_timestamps(num_frames, fps, limits)
 
 
 def read_video_info(source: Source, limits: MediaLimits = RELEASED_LIMITS) -> VideoInfo:
@@ -180,7 +179,7 @@ def _decode(source: Any, name: str, wanted: list[int], limits: MediaLimits) -> t
             upright = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame, name))
             if plan is None:
                 height, width, _ = upright.shape
-                plan = plan_resize(height, width, max_patches=limits.frame_patches, side_patches=limits.side_patches)
+                plan = plan_frame(height, width, limits)
             frames.append(resize_and_pad(Image.fromarray(np.ascontiguousarray(upright)), plan))
     return frames, number + 1
 

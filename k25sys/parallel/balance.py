@@ -138,6 +138,11 @@ class ExpertBalancer:
             counted_E.zero_()
         return load_statistics(load_LE, num_ranks=self.grid.size("expert"))
 
+    def forget(self) -> None:
+        """Drops what was counted since the last update: of a step that is not to count."""
+        for counted_E in self._load:
+            counted_E.zero_()
+
 
 def sequence_auxiliary_loss(
     logits_TE: Tensor,

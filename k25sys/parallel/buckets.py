@@ -3,7 +3,11 @@
 A bucket holds parameters with the same copies, one after the other, padded so that the ranks along that axis get
 equal shards. Parameters' `main_grad` are views of it. Every micro-batch adds one gradient to each parameter, in
 whatever order a schedule has them; when as many as there are micro-batches have landed on all parameters of a bucket,
-its reduce-scatter starts. What never lands is flushed at the end.
+and the buckets before it have started, its reduce-scatter starts. What never lands is flushed at the end.
+
+The order of the buckets is the same on every rank, and so is that of their reduce-scatters, over all axes together:
+NCCL may hang where two ranks start two collectives in different orders, and on which rank a bucket is complete first
+depends on its data.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +66,9 @@ class Bucket:
     shard: Tensor | None = None
     """Sums of this rank's elements, while a step is made."""
     _missing: dict[str, int] = field(default_factory=dict)
-    """By parameter, gradients that have not landed; empty where nobody counts."""
+    """By parameter, gradients that have not landed."""
+    _counted: bool = False
+    """Whether anybody counts them."""
     _work: dist.Work | None = None
 
     @property
@@ -83,30 +89,30 @@ class Bucket:
             if begin < end:
                 yield Piece(slot, slice(begin - first, end - first), begin - slot.begin, end - slot.begin)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all gradients that were expected have landed."""
+        return self._counted and not self._missing
+
     def expect(self, num_gradients: int, irregular: Collection[str]) -> None:
         """So many gradients will land on each parameter; a bucket with one of `irregular` waits until the end."""
         names = [slot.name for slot in self.slots]
-        self._missing = {} if set(names) & set(irregular) else dict.fromkeys(names, num_gradients)
+        self._counted = not set(names) & set(irregular)
+        self._missing = dict.fromkeys(names, num_gradients) if self._counted else {}
 
     def landed(self, name: str) -> bool:
-        """A gradient was added; starts the reduce-scatter when it was the last one. True when it does."""
-        assert self.shard is None, f"{name}: a gradient more than expected, after its bucket was reduced"
-        if name not in self._missing:
+        """A gradient was added. True when it completes the bucket."""
+        assert self.shard is None, f"{name}: a gradient after its bucket was reduced"
+        if not self._counted:
             return False
+        assert name in self._missing, f"{name}: a gradient more than expected"
         self._missing[name] -= 1
-        if self._missing[name]:
-            return False
-        del self._missing[name]
-        if self._missing:
-            return False
-        self.start()
-        return True
+        if self._missing[name] == 0:
+            del self._missing[name]
+        return not self._missing
 
     def start(self) -> None:
         """Starts the sum over the copies, each rank getting its shard."""
-        if self.shard is not None:
-            return
-        self._missing.clear()
         if self.group is None:
             self.shard = self.gradients
             return
@@ -114,8 +120,7 @@ class Bucket:
         self._work = dist.reduce_scatter_tensor(self.shard, self.gradients, group=self.group, async_op=True)
 
     def wait(self) -> Tensor:
-        """The shard of sums."""
-        self.start()
+        """The shard of sums, whose reduce-scatter was started."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -125,6 +130,8 @@ class Bucket:
     def clear(self) -> None:
         """Zeros, for the next step."""
         self.shard = None
+        self._counted = False
+        self._missing.clear()
         self.gradients.zero_()
 
 
@@ -154,15 +161,24 @@ class GradientBuckets:
         self.buckets: list[Bucket] = []
         self.started: list[str] = []
         """Names whose landing started a reduce-scatter since `expect`: what overlaps."""
-        for axis, names in _grouped(parameters, layouts, bucket_bytes):
+        groups = _grouped(parameters, layouts, bucket_bytes)
+        position = {name: number for number, name in enumerate(parameters)}
+        for axis, names in sorted(groups, key=partial(_turn, position, irregular)):
             self.buckets.append(_make_bucket(axis, names, parameters, layouts, grid))
+        self._next = 0
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.parameter.on_gradient = partial(self._landed, bucket, slot.name)  # pyright: ignore[reportAttributeAccessIssue]
                 slot.parameter.register_post_accumulate_grad_hook(_move_gradient)
 
     def _landed(self, bucket: Bucket, name: str) -> None:
-        if bucket.landed(name):
+        if not bucket.landed(name):
+            return
+        first = self._next
+        while self._next < len(self.buckets) and self.buckets[self._next].complete:
+            self.buckets[self._next].start()
+            self._next += 1
+        if self._next > first:
             self.started.append(name)
 
     def expect(self, num_microbatches: int) -> None:
@@ -171,8 +187,16 @@ class GradientBuckets:
         for bucket in self.buckets:
             bucket.expect(num_microbatches, self._irregular)
 
+    def reduced(self) -> list[Tensor]:
+        """The shards of sums, bucket by bucket: starts what has not started, and waits for all."""
+        for bucket in self.buckets[self._next :]:
+            bucket.start()
+        self._next = len(self.buckets)
+        return [bucket.wait() for bucket in self.buckets]
+
     def clear(self) -> None:
         """Zeros, for the next step."""
+        self._next = 0
         for bucket in self.buckets:
             bucket.clear()
 
@@ -203,6 +227,14 @@ def _grouped(
             names.append(name)
             held += size
         yield axis, names
+
+
+def _turn(position: Mapping[str, int], irregular: Collection[str], group: tuple[str, list[str]]) -> tuple[bool, int]:
+    """Where a bucket comes among all: in the order in which a backward completes them. Last come those that complete at
+    an unknown time, and those over all ranks: stages have different buckets beside them."""
+    axis, names = group
+    late = axis == "world" or bool(set(names) & set(irregular))
+    return late, -min(position[name] for name in names)
 
 
 def _make_bucket(

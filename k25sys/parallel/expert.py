@@ -73,6 +73,9 @@ class ExpertParallel(nn.Module):
             1 x 128. Outputs and gradients travel as they are with "exact", else as bfloat16.
         activation_store: as in ops.expert_mlp.
 
+    `store_input` sees the rows that arrived from other ranks and returns them; it may have them saved for the backward
+    in another form. Where all experts are here nothing arrives: their tokens are those that the layer around them sees.
+
     Raises:
         GridError: axes that do not divide the experts or their width.
         BackendError: an unknown or unavailable transport. ValueError: an unknown payload.
@@ -98,6 +101,7 @@ class ExpertParallel(nn.Module):
         self.grid, self.store = grid, store
         self.payload = payload
         self.activation_store = activation_store
+        self.store_input: Callable[[Tensor], Tensor] = _as_it_is
         self.transports = Transports.make(transport, grid) if isinstance(transport, str) else transport
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class ExpertParallel(nn.Module):
         exchange, weights_TK = in_flight.exchange, in_flight.weights_TK
         if exchange is None:
             return self._experts(in_flight.tokens, weights_TK, in_flight.experts_TK, self.store.put)
-        x_ND = expert_exchange.finish_out(in_flight.tokens, exchange)
+        x_ND = self.store_input(expert_exchange.finish_out(in_flight.tokens, exchange))
         experts_N1 = exchange.routes.experts_N1
         ones_N1 = weights_TK.new_ones(experts_N1.shape)
         # Without a gradient of the tokens nothing travels home, and nobody would ask for what waits for that.
@@ -149,6 +153,8 @@ class ExpertParallel(nn.Module):
         """The local experts; their weights' gradients are handed to `put`, and land where `store` would put them."""
         weights = (self.gate_up_proj, self.down_proj)
         main_grads = [getattr(weight, "main_grad", None) for weight in weights]
+        if any(main_grad is None for main_grad in main_grads):  # one is frozen: the other's gradient is added below
+            main_grads = [None, None]
 
         def defer(compute: ops.WeightGrads) -> None:
             def land() -> None:
@@ -167,6 +173,8 @@ class ExpertParallel(nn.Module):
 class OverlappedMixtureOfExperts(nn.Module):
     """k25sys.models.moe.MixtureOfExperts over ExpertParallel: the shared expert computes while tokens travel.
 
+    `store_input` sees the tokens first, as there.
+
     Args:
         gate: x_TD -> (weights_TK, experts_TK). experts: the routed experts. shared_experts: x_TD -> (T, D).
     """
@@ -174,12 +182,18 @@ class OverlappedMixtureOfExperts(nn.Module):
     def __init__(self, gate: nn.Module, experts: ExpertParallel, shared_experts: nn.Module) -> None:
         super().__init__()
         self.gate, self.experts, self.shared_experts = gate, experts, shared_experts
+        self.store_input: Callable[[Tensor], Tensor] = _as_it_is
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)."""
+        x_TD = self.store_input(x_TD)
         in_flight = self.experts.start(x_TD, *self.gate(x_TD))
         shared_TD = self.shared_experts(x_TD)
         return self.experts.finish(in_flight) + shared_TD
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _own_part(parameter: nn.Parameter, name: str, layout: ParameterLayout, grid: RankGrid) -> nn.Parameter:

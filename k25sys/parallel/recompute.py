@@ -9,7 +9,7 @@
 The modules say where: a plan replaces RMSNorms, and these attributes of the modules that have them:
     activate(gate, up)          silu(gate) * up of a SwiGLU
     expand(function, *inputs)   of latent attention: calls what makes queries, keys and values out of latents
-    store_input(x)              of a mixture of experts: sees its tokens
+    store_input(x)              of a mixture of experts: sees its tokens; of experts over ranks: what arrived at them
     activation_store            of routed experts: the word that ops.expert_mlp takes
 """
 
@@ -28,9 +28,11 @@ RECOMPUTED = ("norms", "swiglu", "mla_up", "moe_down")
 routed experts' op never saves it); mla_up: queries, keys and values of all heads, from their latents: the only one
 that computes products of matrices again, those of q_b_proj and kv_b_proj; moe_down: what the routed experts' down
 projection gives. ops.expert_mlp never keeps the latter for its backward, which forms the gradient of the routing
-weights before the down projection: the name is accepted, and changes nothing."""
+weights before the down projection: the name is accepted, and changes nothing. (Of experts on other ranks ops.combine
+keeps what came home: to compute that again would be another exchange.)"""
 STORED = ("expert_inputs", "swiglu_inputs")
-"""expert_inputs: the tokens that enter a mixture of experts, for routed and shared experts and the router;
+"""expert_inputs: the tokens that enter a mixture of experts, for routed and shared experts and the router; with experts
+on several ranks, the tokens and the rows that arrived at this rank's experts, each in the tiles it would have on one;
 swiglu_inputs: gate and up, of dense layers, shared and routed experts."""
 NAMES = (*RECOMPUTED, *STORED)
 

@@ -75,7 +75,9 @@ class LayerShapes:
     shared_width: int | None = None
     """Of the shared experts' SwiGLU; None in a dense layer."""
     expert_rows: int = 0
-    """Tokens times experts a token."""
+    """Of the routed experts here: tokens times experts a token, or, with experts on several ranks, what arrived."""
+    experts_elsewhere: bool = False
+    """Experts lie on several ranks: rows that arrived are saved beside the tokens."""
     expert_width: int = 0
     fused_norms: bool = False
     """torch has one RMSNorm kernel (CUDA), which saves its input and a number a row; on the CPU it is composed."""
@@ -90,11 +92,12 @@ def cut_bytes(shapes: LayerShapes, plan: MemoryPlan) -> dict[str, int]:
     input in float32 that bfloat16 needs, less the input itself, which is saved in its place. swiglu: silu(gate) and the
     product. mla_up: queries and keys of all heads, and values as the kernel takes them, less the rotated key, which is
     needed again. moe_down: 0, see `recompute.RECOMPUTED`. expert_inputs, swiglu_inputs: the numbers, less their E4M3
-    values and scales; of tokens that come out of a recomputed norm nothing is left to cut.
+    values and scales; of tokens that come out of a recomputed norm nothing is left to cut, but of rows that arrived
+    from other ranks there is.
     """
     cuts = {
         "norms": _norms, "swiglu": _swiglu, "mla_up": _mla_up, "moe_down": lambda shapes: 0,
-        "expert_inputs": lambda shapes: 0 if "norms" in plan.names else _expert_inputs(shapes),
+        "expert_inputs": lambda shapes: _expert_inputs(shapes, recomputed="norms" in plan.names),
         "swiglu_inputs": _swiglu_inputs,
     }  # fmt: skip
     return {name: cuts[name](shapes) for name in NAMES if name in plan.names}
@@ -142,8 +145,11 @@ def _e4m3_cut(rows: int, width: int, dtype: torch.dtype) -> int:
     return rows * (width * (dtype.itemsize - 1) - 4 * tiles)
 
 
-def _expert_inputs(shapes: LayerShapes) -> int:
-    return _e4m3_cut(shapes.tokens, shapes.hidden, shapes.dtype) if shapes.expert_rows else 0
+def _expert_inputs(shapes: LayerShapes, *, recomputed: bool) -> int:
+    if shapes.shared_width is None:
+        return 0
+    rows = (0 if recomputed else shapes.tokens) + (shapes.expert_rows if shapes.experts_elsewhere else 0)
+    return _e4m3_cut(rows, shapes.hidden, shapes.dtype)
 
 
 def _swiglu_inputs(shapes: LayerShapes) -> int:

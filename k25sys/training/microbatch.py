@@ -13,7 +13,8 @@ class MediaSource(Protocol):
     """Encoded media of one micro-batch, as a rank of the first stage takes them."""
 
     def rows(self) -> Tensor:
-        """(R, D): the rows at this rank's media_pad positions, in order; waits for them."""
+        """(R, D), or (R, C, D) of the tower where the projector is in the stage: the rows at this rank's media_pad
+        positions, in order; waits for them."""
         ...
 
     def return_gradient(self, gradient: Tensor) -> None:

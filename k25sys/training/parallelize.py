@@ -5,11 +5,12 @@ The models know no ranks and k25sys.parallel knows no K2.5; this file puts the o
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from k25sys.errors import ArgumentValueError, GridError, message
+from k25sys.errors import GridError, message
 from k25sys.models import KimiK25
 from k25sys.models.config import KimiK25Config
 from k25sys.models.decoder import DecoderLayer
@@ -43,6 +44,10 @@ class ParallelOptions:
     """What is recomputed and what is stored in E4M3: see k25sys.parallel.recompute.NAMES."""
     vision: str = "stage0"
     """Where the encoder lies: "stage0", "dep" (on every rank, outside the stages) or "none"."""
+    projector: str = "encoder"
+    """Where the projector lies with vision "dep": "encoder", so that rows of the decoder's width travel; or "stage0":
+    the tower's merged neighbourhoods travel, wider or narrower than those, and the first stage projects them, and keeps
+    what the projector's backward needs of the micro-batches in flight."""
     max_patches: int = 16384
     """In a pack of the encoder."""
 
@@ -58,7 +63,9 @@ class ParallelModel:
     layouts: Mapping[str, ParameterLayout]
     weight_grads: WeightGradStore
     encoder: nn.Module | None
-    """Under DEP: vision tower and projector, on every rank."""
+    """Under DEP: the vision tower, and the projector unless it lies in stage 0, on every rank."""
+    row_shape: tuple[int, ...]
+    """Of one row that the encoder gives: what DecoupledEncoder takes."""
     router_biases: Mapping[str, Tensor] = field(default_factory=dict)
     """Moved by balance, not by gradients."""
 
@@ -84,15 +91,13 @@ def parallelize(
 
     Raises:
         GridError: an axis that does not divide what it splits, or layers that are not those of the model.
+        ArgumentValueError: a place of the encoder or of the projector that does not exist.
     """
     options = options or ParallelOptions()
     if [index for layers in layers_of_stage for index in layers] != list(range(config.text.num_hidden_layers)):
         accepted = f"ranges that make up 0 to {config.text.num_hidden_layers - 1}"
         raise GridError(message("parallelize", "layers_of_stage", layers_of_stage, accepted))
-    if "expert_inputs" in options.memory and grid.size("expert") * grid.size("expert_tensor") > 1:
-        got, accepted = "expert_inputs with experts on several ranks", "it with expert = expert_tensor = 1"
-        raise ArgumentValueError(message("parallelize", "memory", got, accepted, "payload='fp8' sends them in E4M3"))
-    layouts = plan(config, grid.sizes, vision=options.vision)
+    layouts = plan(config, grid.sizes, vision=options.vision, projector=options.projector)
     store, device = WeightGradStore(), torch.device(grid.device_type)
     transports = Transports.make(options.transport, grid)
     made, held = {}, {}
@@ -101,14 +106,14 @@ def parallelize(
         first, last = number == 0, number == len(layers_of_stage) - 1
         with torch.device("meta"):
             model = KimiK25(config, attention=options.attention).to(dtype)
-        _keep_part(model, layers_of_stage[number], first, last, with_vision=options.vision == "stage0")
+        _keep_part(model, layers_of_stage[number], first, last, options)
         _swap_parts(model, grid, store, transports, options)
         memory = SavedActivations()
         apply_memory_plan(model, MemoryPlan(names=options.memory), memory)
         model.to_empty(device=device)
         made[number] = Stage(
             model, config, grid, first=first, last=last, dtype=dtype, max_patches=options.max_patches,
-            saving=memory.saving,
+            memory=memory,
         )  # fmt: skip
         held.update(_named(model))
     if encoder is not None:
@@ -118,7 +123,9 @@ def parallelize(
     initialize(held, layouts, sizes=grid.sizes, rank=grid.rank, seed=seed, std=config.text.initializer_range)
     biases = {name: value for name, value in held.items() if name.endswith("e_score_correction_bias")}
     trained = {name: value for name, value in held.items() if name not in biases}
-    return ParallelModel(made, trained, {name: layouts[name] for name in held}, store, encoder, biases)
+    return ParallelModel(
+        made, trained, {name: layouts[name] for name in held}, store, encoder, _row_shape(config, options), biases
+    )
 
 
 def _named(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -128,22 +135,33 @@ def _named(module: nn.Module) -> dict[str, nn.Parameter]:
 def _decoupled_encoder(config: KimiK25Config, options: ParallelOptions) -> nn.Module:
     with torch.device("meta"):
         model = KimiK25(config, attention=options.attention)
-    return DecoupledTower(model.vision_tower, model.mm_projector)
+    return DecoupledTower(model.vision_tower, model.mm_projector if options.projector == "encoder" else None)
+
+
+def _row_shape(config: KimiK25Config, options: ParallelOptions) -> tuple[int, ...]:
+    vision = config.vision
+    if options.projector == "encoder" or vision is None:
+        return (config.text.hidden_size,)
+    return (prod(vision.merge_kernel_size), vision.hidden_size)
 
 
 class DecoupledTower(nn.Module):
-    """Vision tower and projector under their released names, as one encoder: pixels of clips to rows of embeddings."""
+    """Vision tower and projector under their released names, as one encoder: pixels of clips to rows of embeddings.
 
-    def __init__(self, vision_tower: nn.Module, mm_projector: nn.Module) -> None:
+    Without a projector the rows are the tower's.
+    """
+
+    def __init__(self, vision_tower: nn.Module, mm_projector: nn.Module | None) -> None:
         super().__init__()
         self.vision_tower, self.mm_projector = vision_tower, mm_projector
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """(P, 3, patch, patch), (N, 3) -> (Q, D)."""
-        return self.mm_projector(self.vision_tower(pixel_values, grid_thw))
+        """(P, 3, patch, patch), (N, 3) -> (Q, D), or (Q, patches of a neighbourhood, channels of the tower)."""
+        rows = self.vision_tower(pixel_values, grid_thw)
+        return rows if self.mm_projector is None else self.mm_projector(rows)
 
 
-def _keep_part(model: KimiK25, layers: range, first: bool, last: bool, *, with_vision: bool) -> None:
+def _keep_part(model: KimiK25, layers: range, first: bool, last: bool, options: ParallelOptions) -> None:
     """Drops what other stages hold."""
     language_model, decoder = model.language_model, model.language_model.model
     for name in list(decoder.layers):
@@ -153,8 +171,12 @@ def _keep_part(model: KimiK25, layers: range, first: bool, last: bool, *, with_v
         del decoder.embed_tokens
     if not last:
         del decoder.norm, language_model.lm_head
-    if model.config.vision is not None and not (first and with_vision):
-        del model.vision_tower, model.mm_projector
+    if model.config.vision is None:
+        return
+    if not (first and options.vision == "stage0"):
+        del model.vision_tower
+    if not (first and (options.vision == "stage0" or options.projector == "stage0")):
+        del model.mm_projector
 
 
 def _swap_parts(
@@ -172,9 +194,9 @@ def _swap_parts(
                 mlp.experts = experts  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 layer.mlp = OverlappedMixtureOfExperts(mlp.gate, experts, mlp.shared_experts)  # pyright: ignore[reportAttributeAccessIssue]
-    if hasattr(model, "vision_tower"):
-        _swap_linears(model.vision_tower, store)
-        _swap_linears(model.mm_projector, store)
+    for name in ("vision_tower", "mm_projector"):
+        if hasattr(model, name):
+            _swap_linears(model.get_submodule(name), store)
 
 
 def _swap_linears(module: nn.Module, store: WeightGradStore) -> None:

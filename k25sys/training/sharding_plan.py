@@ -4,7 +4,7 @@ Gradients of a parameter are sums over its layout's `replicas` axis, and over "t
 part of what the parameter acts on (`sum_over_tensor`):
     q_a_proj, kv_a_proj_with_mqa, router, norms between layers    its own tokens (sequence parallelism)
     q_a_layernorm, kv_a_layernorm                                 all tokens, but the gradient of its own heads only
-    vision tower and projector                                    the media rows among its own tokens (dep.splice)
+    vision tower and projector, in stage 0                        the media rows among its own tokens (dep.splice)
 Nothing is left out or counted twice: a sum over the tensor ranks of parts is the whole, for all three.
 
 The vision encoder runs in whole on every rank of the first pipeline stage, and its gradients are of that kind. There is
@@ -100,19 +100,27 @@ LAYOUTS: tuple[_Rule, ...] = (
 """Every parameter of KimiK25 matches exactly one of these."""
 
 
-def plan(config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0") -> dict[str, ParameterLayout]:
+def plan(
+    config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0", projector: str = "encoder"
+) -> dict[str, ParameterLayout]:
     """The layout of every parameter of KimiK25(config), all pipeline stages together, in the model's order.
 
     Args:
         vision: "stage0" as above; "dep": the encoder lies on every rank of the grid, each of which sees the gradients
             of its own packs; "none": it is left out.
+        projector: with vision "dep", "encoder": it lies with the encoder; "stage0": in the first stage, as above.
 
     Raises:
         GridError: heads, vocabulary, widths or experts that an axis of `sizes` does not divide.
-        ArgumentValueError: another `vision`.
+        ArgumentValueError: another `vision` or `projector`, or a projector apart from an encoder in a stage.
     """
     if vision not in ("stage0", "dep", "none"):
         raise ArgumentValueError(message("plan", "vision", repr(vision), "'stage0', 'dep' or 'none'"))
+    if projector not in ("encoder", "stage0"):
+        raise ArgumentValueError(message("plan", "projector", repr(projector), "'encoder' or 'stage0'"))
+    if projector == "stage0" and vision != "dep":
+        got, accepted = f"'stage0' with vision {vision!r}", "'encoder', or vision 'dep'"
+        raise ArgumentValueError(message("plan", "projector", got, accepted))
     heads, ranks = config.text.num_attention_heads, sizes.tensor
     if heads % ranks:
         raise GridError(
@@ -123,6 +131,8 @@ def plan(config: KimiK25Config, sizes: GridSizes, *, vision: str = "stage0") -> 
     layouts = {name: parameter_layout(name, tuple(p.shape)) for name, p in model.named_parameters()}
     encoder = [name for name in layouts if not name.startswith("language_model.")]
     for name in encoder:
+        if projector == "stage0" and name.startswith("mm_projector."):
+            continue
         if vision == "dep":
             layouts[name] = replace(layouts[name], sum_over_tensor=False, everywhere=True)
         elif vision == "none":

@@ -1,7 +1,6 @@
 """A pipeline stage of Kimi-K2.5: some of its layers; the first one embeds tokens, the last one computes the loss."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,12 @@ from k25sys.models.config import KimiK25Config
 from k25sys.models.decoder import DecoderLayer
 from k25sys.models.documents import Documents, TokenPacking
 from k25sys.models.rope import text_tables
+from k25sys.parallel.activation_store import SavedActivations
 from k25sys.parallel.context import ShardedDocuments
-from k25sys.parallel.dep import Clip, make_packs, splice
+from k25sys.parallel.dep import Clip, make_packs, splice, taken
 from k25sys.parallel.grid import RankGrid
 from k25sys.parallel.vocabulary import VocabParallelHead
-from k25sys.training.microbatch import MicroBatch
+from k25sys.training.microbatch import MediaSource, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Stage(nn.Module):
         model: KimiK25 with the parts of this stage alone, parallel where they are split.
         first, last: whether it embeds tokens; whether it computes the loss.
         max_patches: in a pack of the encoder, where it lies in this stage.
-        saving: entered around each forward: what a memory plan saves.
+        memory: what the memory plan of `model` saves.
     """
 
     def __init__(
@@ -119,15 +119,15 @@ class Stage(nn.Module):
         last: bool,
         dtype: torch.dtype,
         max_patches: int,
-        saving: Callable[[], AbstractContextManager[object]] = nullcontext,
+        memory: SavedActivations,
     ) -> None:
         super().__init__()
         self.model, self.config, self.grid = model, config, grid
-        self.first, self.last, self.dtype, self.saving = first, last, dtype, saving
+        self.first, self.last, self.dtype, self.memory = first, last, dtype, memory
         decoder = model.language_model.model
         self.layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
         heads = config.text.num_attention_heads // grid.size("tensor")
-        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"))
+        self.max_logits_LH = torch.full((len(self.layers), heads), float("-inf"), device=grid.device_type)
         self.max_patches = max_patches
 
     @property
@@ -147,9 +147,13 @@ class Stage(nn.Module):
         is the mean over the step's loss tokens.
         """
         local = LocalTokens.of(microbatch, self.grid)
-        with self.saving():
+        with self.memory.saving():
             hidden_TD = self._embed(microbatch, local) if self.first else x_TD
             assert hidden_TD is not None
+            if torch.is_grad_enabled() and not hidden_TD.requires_grad:
+                # With frozen embeddings, only ranks with media among their tokens have a gradient here; but those that
+                # share layers exchange tokens in the backward, all of them or none.
+                hidden_TD = hidden_TD.detach().requires_grad_()
             tables = text_tables(self.config.text, local.documents.positions_T)
             for layer, max_logits_H in zip(self.layers, self.max_logits_LH, strict=True):
                 hidden_TD = layer(hidden_TD, tables, local.documents, max_logits_H=max_logits_H)
@@ -169,10 +173,16 @@ class Stage(nn.Module):
             return x_TD
         index_R = is_media_T[local.own_T].nonzero()[:, 0]
         if batch.media is not None:
-            return splice(x_TD, index_R, batch.media.rows(), batch.media.return_gradient)
+            return self._splice(x_TD, index_R, batch.media)
         features_QD = self._features(batch, int(is_media_T.sum()))
         place_T = is_media_T.cumsum(0) - 1
         return splice(x_TD, index_R, features_QD[place_T[local.own_T][index_R]])
+
+    def _splice(self, x_TD: Tensor, index_R: Tensor, media: MediaSource) -> Tensor:
+        """Media that were encoded elsewhere, projected here where the projector is here."""
+        if not hasattr(self.model, "mm_projector"):
+            return splice(x_TD, index_R, media.rows(), media.return_gradient)
+        return splice(x_TD, index_R, self.model.mm_projector(taken(media.rows(), media.return_gradient)))
 
     def _features(self, batch: MicroBatch, num_positions: int) -> Tensor:
         if not hasattr(self.model, "vision_tower") or batch.pixel_values is None or batch.grid_thw is None:

@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def simulate(sizes: GridSizes, steps: Callable[[RankGrid], Any]) -> list[Any]:
-    """`save_steps` or `load_steps` of every rank, exchange by exchange, as `_drive` does it between processes."""
+    """`save_steps` or `load_steps` of every rank, exchange by exchange, as `drive` does it between processes."""
     grids = [RankGrid(sizes, rank, "cpu", {}) for rank in range(sizes.world_size)]
     running = [steps(grid) for grid in grids]
     received: list[Any] = [None] * len(running)

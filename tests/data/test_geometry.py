@@ -2,6 +2,7 @@
 
 import math
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -46,6 +47,25 @@ def test_vectors_of_the_spec(size, max_patches, resized, padded, tokens) -> None
 def test_sizes_equal_transformers(module: str, height: int, width: int, max_patches: int) -> None:
     plan = plan_resize(height, width, max_patches=max_patches, side_patches=512)
     assert (plan.resized, plan.padded) == function_of(module, "navit_resize")(height, width, 14, 2, max_patches, 512)
+
+
+@settings(max_examples=500)
+@example(height=1, width=100_000, padded_patches=4)
+@given(height=SIZES, width=SIZES, padded_patches=st.integers(4, 300))
+def test_bound_on_the_padded_size(height: int, width: int, padded_patches: int) -> None:
+    released = plan_resize(height, width, max_patches=16384, side_patches=512)
+    plan = plan_resize(height, width, max_patches=16384, side_patches=512, padded_patches=padded_patches)
+    if released.num_tokens * 4 <= padded_patches:
+        assert plan == released
+        return
+    assert plan.num_tokens * 4 <= padded_patches
+    # The largest scale that fits, of those at which a side fills its cells.
+    scales = (Fraction(28 * cells, side) for side in (height, width) for cells in range(1, -(-side // 28) + 1))
+    for scale in sorted(scales, reverse=True):
+        if math.prod(math.ceil(side * scale / 28) for side in (height, width)) * 4 <= padded_patches:
+            assert plan.resized == tuple(max(1, int(side * scale)) for side in (height, width))
+            return
+    raise AssertionError("no scale fits")
 
 
 @settings(max_examples=500)

@@ -121,6 +121,10 @@ def test_only_training_counts_and_a_step_starts_anew() -> None:
     assert moved_E.any()
     balancer.update()
     torch.testing.assert_close(router.e_score_correction_bias, moved_E, rtol=0, atol=0)
+    router(x_TD)
+    balancer.forget()
+    balancer.update()
+    torch.testing.assert_close(router.e_score_correction_bias, moved_E, rtol=0, atol=0)
     assert ExpertBalancer({}, grid, rate=0.5).update() == {}
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -21,8 +22,10 @@ from k25sys.models.documents import Documents
 from k25sys.models.moe import MixtureOfExperts
 from k25sys.models.presets import preset
 from k25sys.models.rope import text_tables
-from k25sys.parallel import weight_grads
+from k25sys.parallel import GridSizes, RankGrid, weight_grads
 from k25sys.parallel.activation_store import E4M3Store, ExactStore, Packed, SavedActivations
+from k25sys.parallel.expert import ExpertParallel, OverlappedMixtureOfExperts, expert_layouts
+from k25sys.parallel.layout import local_part
 from k25sys.parallel.recompute import NAMES, RECOMPUTED, MemoryPlan, apply_memory_plan
 from k25sys.parallel.saved_bytes import (
     LayerShapes,
@@ -31,6 +34,7 @@ from k25sys.parallel.saved_bytes import (
     moe_down_bytes,
     saved_bytes_table,
 )
+from tests.parallel.processes import run_ranks
 
 TEXT = preset("tiny").text
 TOKENS = 24
@@ -44,9 +48,10 @@ def trained(layer: nn.Module) -> list[nn.Parameter]:
 
 
 class Case:
-    """A layer of preset tiny with random weights, dense (0) or with experts (1), and documents of two lengths."""
+    """A layer of preset tiny with random weights, dense (0) or with experts (1), and documents of two lengths; the
+    tokens are those of a rank."""
 
-    def __init__(self, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, index: int, dtype: torch.dtype, rank: int = 0) -> None:
         generator = torch.Generator().manual_seed(index)
         self.layer = DecoderLayer(TEXT, index, attention="sdpa")
         with torch.no_grad():
@@ -58,7 +63,8 @@ class Case:
         self.layer.to(dtype)
         self.documents = Documents((10, TOKENS - 10), torch.device("cpu"))
         self.tables = text_tables(TEXT, self.documents.positions_T)
-        self.x = torch.randn(TOKENS, TEXT.hidden_size, generator=generator).to(dtype)
+        x_of_rank = [torch.randn(TOKENS, TEXT.hidden_size, generator=generator) for _ in range(rank + 1)]
+        self.x = x_of_rank[rank].to(dtype)
         widths: dict[str, Any] = {"dense_width": TEXT.intermediate_size}
         if index:
             rows, width = TOKENS * TEXT.num_experts_per_tok, TEXT.moe_intermediate_size
@@ -69,18 +75,22 @@ class Case:
             kv_lora_rank=TEXT.kv_lora_rank, q_lora_rank=TEXT.q_lora_rank, **widths,
         )  # fmt: skip
 
-    def planned(self, names: tuple[str, ...], memory: SavedActivations) -> DecoderLayer:
+    def planned(self, names: tuple[str, ...], memory: SavedActivations, grid: RankGrid | None = None) -> DecoderLayer:
+        """Over `grid` the routed experts are spread."""
         layer = copy.deepcopy(self.layer)
+        if grid is not None and isinstance(layer.mlp, MixtureOfExperts):
+            experts = ExpertParallel(layer.mlp.experts, grid, weight_grads.WeightGradStore())
+            layer.mlp = OverlappedMixtureOfExperts(layer.mlp.gate, experts, layer.mlp.shared_experts)  # pyright: ignore[reportAttributeAccessIssue]
         apply_memory_plan(layer, MemoryPlan(names=names), memory)
         return layer
 
     def run(self, layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x, self.tables, self.documents)
 
-    def step(self, names: tuple[str, ...]) -> tuple[int, list[Tensor]]:
+    def step(self, names: tuple[str, ...], grid: RankGrid | None = None) -> tuple[int, list[Tensor]]:
         """Saved bytes, and the output with all gradients."""
         memory = SavedActivations()
-        layer, leaf = self.planned(names, memory), self.x.clone().requires_grad_()
+        layer, leaf = self.planned(names, memory, grid), self.x.clone().requires_grad_()
         x = leaf * 1  # no leaf: as in the middle of a model
         y, saved = measure_saved_bytes(lambda: self.run(layer, x), layer.parameters(), memory)
         y.float().square().sum().backward()
@@ -120,6 +130,64 @@ def test_each_name_has_the_bytes_that_shapes_say(index: int) -> None:
     alone = cut_bytes(shapes, MemoryPlan(names=("expert_inputs",)))
     assert alone == {"expert_inputs": 24 * (128 - 4) if index else 0}
     assert moe_down_bytes(shapes) == (48 * 128 * 2 if index else 0)
+
+
+def _arrived_rows(grid: RankGrid, dtype: torch.dtype) -> int:
+    """Rows that this rank's experts get from all ranks' tokens, counted with the whole layer in one process."""
+    per_rank, place, chosen = TEXT.n_routed_experts // grid.size("expert"), grid.index("expert"), []
+    for rank in range(grid.sizes.world_size):
+        case = Case(1, dtype, rank)
+        assert isinstance(case.layer.mlp, MixtureOfExperts)
+        handle = case.layer.mlp.gate.register_forward_hook(lambda _, __, routed: chosen.append(routed[1]))
+        case.run(case.layer, case.x)
+        handle.remove()
+    return int((torch.cat(chosen) // per_rank == place).sum())
+
+
+def _check_over_ranks(sizes: GridSizes) -> dict[tuple[str, ...], int]:
+    torch.set_num_threads(1)
+    grid, found = RankGrid.create(sizes), {}
+    for dtype in DTYPES:
+        case = Case(1, dtype, grid.rank)
+        rows, width = _arrived_rows(grid, dtype), TEXT.moe_intermediate_size // sizes.expert_tensor
+        shapes = replace(case.shapes, expert_rows=rows, expert_width=width, experts_elsewhere=True)
+        saved, _ = case.step((), grid)
+        for names in ((), ("expert_inputs",), ("norms", "expert_inputs"), ("expert_inputs", "swiglu_inputs"), NAMES):
+            cut, results = case.step(names, grid)
+            calculated = cut_bytes(shapes, MemoryPlan(names=names))
+            assert saved - cut == sum(calculated.values()), (dtype, names)
+            found[names] = calculated.get("expert_inputs", 0)
+            # SwiGLU's inputs differ by roundings, or by the width of a tile, and E4M3 makes steps of them.
+            if dtype == torch.float32 and "swiglu_inputs" not in names:
+                _check_one_process(case, names, results, grid)
+    return found
+
+
+def _check_one_process(case: Case, names: tuple[str, ...], results: list[Tensor], grid: RankGrid) -> None:
+    """The same plan with all experts here, on each rank's tokens: outputs and gradients.
+
+    There a recomputed norm gives the experts exact tokens; rows from other ranks are in E4M3 with it as without.
+    """
+    alone = Case(1, torch.float32, grid.rank).step(names)[1]
+    stored = tuple(name for name in names if name != "norms")
+    of_all = [Case(1, torch.float32, rank).step(stored)[1] for rank in range(grid.sizes.world_size)]
+    of_experts = expert_layouts(TEXT.n_routed_experts, TEXT.hidden_size, TEXT.moe_intermediate_size)
+    labels = ["y", "x", *(name for name, parameter in case.layer.named_parameters() if parameter.requires_grad)]
+    for place, (label, got) in enumerate(zip(labels, results, strict=True)):
+        want, kind = alone[place], label.split(".")[-1]
+        if kind in of_experts:
+            whole = torch.stack([each[place] for each in of_all]).sum(0)
+            want = local_part(whole, of_experts[kind], grid.sizes, grid.rank)
+        error = float(((got - want).norm() / want.norm()).detach())
+        assert error <= 1e-6, (names, label, error)
+
+
+@pytest.mark.parametrize("sizes", [GridSizes(data=2, expert=2), GridSizes(data=2, expert_tensor=2)], ids=str)
+def test_rows_at_experts_of_other_ranks_wait_in_e4m3(sizes: GridSizes) -> None:
+    """As many bytes less as calculated; the gradients are those of one process with the same plan."""
+    for found in run_ranks(2, _check_over_ranks, sizes):
+        print(found)
+        assert found["norms", "expert_inputs"] > 0  # the rows that arrived come out of no norm
 
 
 class _Alive(TorchDispatchMode):

@@ -68,13 +68,14 @@ def make_microbatches(
     for number in range(data_ranks * per_rank):
         length = (48, 64, 32)[number % 3]
         clips = [] if not images or number % 3 == 1 else [(1, 4, 6), (2, 2, 4)][: 1 + number % 2]
-        drafts.append(_draft(length, clips, dtype, generator))
+        drafts.append(draft(length, clips, dtype, generator))
     num_loss_tokens = float(sum(int(draft["loss_mask_T"].sum()) for draft in drafts))
     made = [MicroBatch(**draft, normalizer=num_loss_tokens) for draft in drafts]
     return [made[rank * per_rank : (rank + 1) * per_rank] for rank in range(data_ranks)]
 
 
-def _draft(length: int, clips: list[tuple[int, int, int]], dtype: torch.dtype, generator: torch.Generator) -> dict:
+def draft(length: int, clips: list[tuple[int, int, int]], dtype: torch.dtype, generator: torch.Generator) -> dict:
+    """The fields of a MicroBatch, but for the normaliser: clips one after the other, with text between them."""
     ids_T = torch.randint(2, MEDIA_PAD, (length,), generator=generator)
     place = 3
     for _, h, w in clips:

@@ -84,6 +84,9 @@ def test_where_the_encoder_lies() -> None:
     everywhere = plan(config, sizes, vision="dep")
     assert all(everywhere[name].everywhere and not everywhere[name].sum_over_tensor for name in encoder)
     assert not set(encoder) & set(plan(config, sizes, vision="none"))
+    apart, in_place = plan(config, sizes, vision="dep", projector="stage0"), plan(config, sizes)
+    for name in encoder:
+        assert apart[name] == (in_place if name.startswith("mm_projector.") else everywhere)[name]
     with pytest.raises(ArgumentValueError, match=r"plan: vision: got 'stage1', accepted 'stage0', 'dep' or 'none'"):
         plan(config, sizes, vision="stage1")
 

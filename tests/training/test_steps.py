@@ -53,8 +53,8 @@ def decouple(
         cost=EncoderCost.from_sizes(dim=16, mlp_dim=24, num_layers=2), max_patches=16384, deterministic=deterministic
     )
     return DecoupledEncoder(
-        model.encoder, grid, row_shape=(32,), rows_of=lambda clip: clip.grid[1] * clip.grid[2] // 4, dtype=dtype,
-        options=options,
+        model.encoder, grid, row_shape=model.row_shape, rows_of=lambda clip: clip.grid[1] * clip.grid[2] // 4,
+        dtype=dtype, options=options,
     )  # fmt: skip
 
 
@@ -113,8 +113,9 @@ def _check(cases: list[GridCase], dtype: torch.dtype, vision: str) -> dict[str, 
     return worst
 
 
-def case(schedule: str = "1f1b", virtual_stages: int = 1, **axes: int) -> GridCase:
-    return GridCase(sizes=GridSizes(**axes), schedule=schedule, virtual_stages=virtual_stages)
+def case(schedule: str = "1f1b", virtual_stages: int = 1, projector: str = "encoder", **axes: int) -> GridCase:
+    sizes = GridSizes(**axes)
+    return GridCase(sizes=sizes, schedule=schedule, virtual_stages=virtual_stages, projector=projector)
 
 
 CASES = {
@@ -130,10 +131,23 @@ CASES = {
 }  # fmt: skip
 
 
+PROJECTED = {
+    1: [case(projector="stage0")],
+    2: [case(pipeline=2, projector="stage0"), case(context=2, projector="stage0")],
+    4: [
+        case("zb_h1", pipeline=2, tensor=2, expert_tensor=2, projector="stage0"),
+        case("interleaved_1f1b", 2, pipeline=2, data=2, expert=2, projector="stage0"),
+    ],
+    8: [],
+}  # fmt: skip
+"""Of a decoupled encoder: the projector apart from it."""
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("vision", ["stage0", "dep"])
 def test_three_steps_are_those_of_one_process(world_size: int, vision: str) -> None:
-    worst = run_ranks(world_size, _check, CASES[world_size], torch.float64, vision, timeout=280)
+    cases = CASES[world_size] + (PROJECTED[world_size] if vision == "dep" else [])
+    worst = run_ranks(world_size, _check, cases, torch.float64, vision, timeout=280)
     print({key: f"{max(each[key] for each in worst):.1e}" for key in worst[0]})
 
 
@@ -165,3 +179,31 @@ def _check_dep_bitwise(cases: list[GridCase]) -> None:
 def test_the_backbone_does_not_see_where_its_media_were_encoded() -> None:
     schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb_h1", 1)]
     run_ranks(2, _check_dep_bitwise, [case(name, virtual, pipeline=2) for name, virtual in schedules])
+
+
+def _check_after_a_failure(vision: str) -> None:
+    """A step that failed leaves nothing: the next one is that of a run without it."""
+    torch.set_num_threads(1)
+    norms = []
+    for fails in (False, True):
+        grid, each = RankGrid.create(GridSizes()), case()
+        runtime, model = build(each, small_config(), torch.float64, grid, vision)
+        names = [name for name in model.parameters if not name.startswith("language_model.")]
+        optimizer = ZeroOptimizer(model.parameters, model.layouts, grid, CONFIG, irregular=names)
+        decoupled = decouple(each, model, grid, torch.float64) if vision == "dep" else None
+        step = TrainStep(model, runtime, optimizer, grid, decoupled=decoupled)
+        batches = batches_of(0, 1, torch.float64)
+        media = media_of(batches, grid) if vision == "dep" else None
+        if fails:
+            wrong = batches[0][2].input_ids_T.clone()
+            wrong[-1] = 10**6
+            bad = [*batches[0][:2], replace(batches[0][2], input_ids_T=wrong), *batches[0][3:]]
+            with pytest.raises(ValueError, match="token 1000000, accepted 0 to 95"):
+                step.run(bad, learning_rate=RATE, media=media)
+        norms.append(step.run(batches[0], learning_rate=RATE, media=media).gradient_norm)
+    assert norms[0] == norms[1]
+
+
+@pytest.mark.parametrize("vision", ["stage0", "dep"])
+def test_a_step_that_failed_leaves_nothing_behind(vision: str) -> None:
+    _check_after_a_failure(vision)

@@ -2,7 +2,7 @@
 
 from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, Pack, assign, make_packs
 from k25sys.parallel.dep.phases import DecoupledEncoder, DecoupledOptions
-from k25sys.parallel.dep.splice import splice
+from k25sys.parallel.dep.splice import splice, taken
 
 __all__ = [
     "Clip",
@@ -14,4 +14,5 @@ __all__ = [
     "assign",
     "make_packs",
     "splice",
+    "taken",
 ]

@@ -196,6 +196,9 @@ def assign(
     """
     if num_ranks < 1:
         raise ArgumentValueError(message("assign", "num_ranks", num_ranks, "an int >= 1"))
+    if (ranks_per_node is None) != (node_of_pack is None):
+        got = f"{ranks_per_node} with node_of_pack {'not ' if node_of_pack is None else ''}given"
+        raise ArgumentValueError(message("assign", "ranks_per_node", got, "both, or neither"))
     costs = [cost.of(pack) for pack in packs]
     ranks = [tuple(range(num_ranks))] * len(packs)
     if ranks_per_node is not None and node_of_pack is not None:

@@ -99,7 +99,8 @@ class Routes:
 
 @dataclass
 class RowMessages:
-    """The messages of one direction. Sends are kept alive until they are done; receives wait when they are asked for.
+    """The messages of one direction. A micro-batch's sends are waited for, and freed, when those of a later one begin:
+    by then the other end has asked for them, on the one clock of a schedule. Receives wait when they are asked for.
 
     A rank's own rows are copied. Every message carries the whole rows, contiguous, in `dtype`.
     """
@@ -108,26 +109,27 @@ class RowMessages:
     dtype: torch.dtype
     device: torch.device
     row_shape: tuple[int, ...]
-    tag: int
-    _sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _sends: list[tuple[int, dist.Work, Tensor]] = field(default_factory=list)
+    """By number of the micro-batch."""
     _receives: dict[tuple[MicroBatchKey, int], tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
 
     def send(self, key: MicroBatchKey, rank: int, target: int, rows: Tensor) -> None:
         """Starts sending `rows` to `target`; `rank` is this one."""
+        self._end_sends(before=key[1])
         rows = rows.to(self.dtype).contiguous()
         if target == rank:
             self._receives[key, rank] = (None, rows)
             return
-        work = dist.isend(rows, target, group=self.group, tag=self.tag)
+        work = dist.isend(rows, target, group=self.group)
         assert work is not None
-        self._sends.append((work, rows))
+        self._sends.append((key[1], work, rows))
 
     def post(self, key: MicroBatchKey, rank: int, source: int, num_rows: int) -> None:
         """Starts receiving from `source`, once; does nothing where it is this rank."""
         if source == rank or (key, source) in self._receives:
             return
         rows = torch.empty((num_rows, *self.row_shape), dtype=self.dtype, device=self.device)
-        work = dist.irecv(rows, source, group=self.group, tag=self.tag)
+        work = dist.irecv(rows, source, group=self.group)
         assert work is not None
         self._receives[key, source] = (work, rows)
 
@@ -140,13 +142,31 @@ class RowMessages:
 
     def finish(self) -> None:
         """Waits until what was sent is out of this rank's hands."""
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
+        self._end_sends()
         assert not self._receives, list(self._receives)
+
+    def abandon(self) -> None:
+        """Lets go of everything, of a step that failed."""
+        self._sends.clear()
+        self._receives.clear()
+
+    def _end_sends(self, before: int | None = None) -> None:
+        for number, work, _ in self._sends:
+            if before is None or number < before:
+                work.wait()
+        self._sends = [] if before is None else [send for send in self._sends if send[0] >= before]
+
+    @property
+    def bytes_on_their_way_out(self) -> int:
+        """Held by messages that have not been waited for since they were sent."""
+        return sum(rows.nbytes for _, _, rows in self._sends)
+
+    @property
+    def bytes_awaited(self) -> int:
+        """Held by messages that have not been consumed, arrived or not."""
+        return sum(rows.nbytes for _, rows in self._receives.values())
 
     @property
     def bytes_waiting(self) -> int:
-        """Held by messages that have not been consumed, or not been sent."""
-        held = [rows for _, rows in self._sends] + [rows for _, rows in self._receives.values()]
-        return sum(rows.nbytes for rows in held)
+        """Of both."""
+        return self.bytes_on_their_way_out + self.bytes_awaited

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from k25sys.errors import ShapeError, message
-from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, assign, make_packs
+from k25sys.errors import ArgumentValueError, ShapeError, message
+from k25sys.parallel.dep.balance import Clip, EncoderCost, EncodingPlan, Pack, assign, make_packs
 from k25sys.parallel.dep.exchange import Routes, RowMessages
 from k25sys.parallel.dep.reduction import sum_in_order
+from k25sys.parallel.dep.schedule import DeliveryPoints, add_vision, delivery_points
 from k25sys.parallel.grid import RankGrid
-from k25sys.parallel.pipeline.ir import Action, Kind, Schedule
-
-_ROWS_TAG, _GRADIENTS_TAG = 1, 2
+from k25sys.parallel.pipeline.ir import Kind, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +31,18 @@ class DecoupledOptions:
     max_patches: int
     """Patches in a pack: what phases (a) and (c) hold in activations."""
     prefetch: int = 1
-    """Micro-batches whose rows arrive ahead of their use."""
+    """Micro-batches whose rows are sent ahead of their use; >= 1."""
+    ranks_per_node: int | None = None
+    """Packs stay on the node where their data rank has stage 0, as far as the balance allows; None: anywhere."""
     trainable: bool = True
     """Without, there is no phase (c), and stage 0 keeps no gradients of rows."""
     deterministic: bool = False
     """Sums the packs' gradients in the order of the packs, so that they do not depend on the number of ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_patches", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ArgumentValueError(message("DecoupledOptions", name, getattr(self, name), "an int >= 1"))
 
 
 @dataclass
@@ -76,7 +82,7 @@ class DecoupledEncoder:
     Args:
         encoder: (pixels (P, ...), grid_thw (N, 3)) -> (Q, *row_shape), the rows of all clips in order. Its forward is
             repeated in phase (c): it must compute the same again (no dropout).
-        grid: all of its ranks take part. A process group of its own is made: collective.
+        grid: all of its ranks take part. Process groups of its own are made: collective.
         row_shape: of one feature row.
         rows_of: the number of feature rows of a clip.
         dtype: in which rows and their gradients travel.
@@ -95,17 +101,15 @@ class DecoupledEncoder:
     ) -> None:
         self.encoder, self.grid, self.options = encoder, grid, options
         self.row_shape, self.rows_of, self.dtype = row_shape, rows_of, dtype
-        self._group = None
-        if grid.size("world") > 1:
-            group = dist.new_group(list(grid.ranks("world")), group_desc="decoupled encoder")
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
+        # One for rows and one for gradients: a pair's messages of one kind are in one order on both ends, of both not.
+        self._group, backward_group = (_make_group(grid, kind) for kind in ("rows", "gradients"))
         device = next(encoder.parameters()).device
         self._device = device
-        self._rows, self._gradients = (
-            RowMessages(self._group, dtype, device, row_shape, tag) for tag in (_ROWS_TAG, _GRADIENTS_TAG)
-        )
+        self._rows = RowMessages(self._group, dtype, device, row_shape)
+        self._gradients = RowMessages(backward_group, dtype, device, row_shape)
         self._step: _Step | None = None
+        self._points: tuple[Schedule, DeliveryPoints] | None = None
+        """Of the last backbone."""
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
@@ -126,42 +130,43 @@ class DecoupledEncoder:
             train: False for an evaluation: phase (a) alone.
         """
         self._assert_idle()
+        packs, per_node = make_packs(clips, max_patches=self.options.max_patches), self.options.ranks_per_node
         plan = assign(
-            make_packs(clips, max_patches=self.options.max_patches), self.options.cost, self.grid.size("world")
-        )
+            packs, self.options.cost, self.grid.size("world"), ranks_per_node=per_node,
+            node_of_pack=None if per_node is None else [self._home(pack) // per_node for pack in packs],
+        )  # fmt: skip
         owners = {clip: ranks[0] for pack, ranks in zip(plan.packs, plan.owners, strict=True) for clip in pack.clips}
         routes = Routes.make(owners, self.rows_of, consumers)
-        self._step = _Step(plan, routes, load_pixels, train and self.options.trainable)
+        trainable = self.options.trainable and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        self._step = _Step(plan, routes, load_pixels, train and trainable)
         return plan
 
+    def _home(self, pack: Pack) -> int:
+        """The first rank of stage 0 that has the pack's data rank."""
+        sizes, data_rank = self.grid.sizes, pack.clips[0].home[0]
+        return next(rank for rank in range(sizes.ranks_per_stage) if sizes.coordinate(rank, "data") == data_rank)
+
+    def abort(self) -> None:
+        """Drops a step that failed, and its messages."""
+        self._step = None
+        self._rows.abandon()
+        self._gradients.abandon()
+
     def schedule(self, backbone: Schedule) -> Schedule:
-        """The backbone's schedule with the vision actions of this rank's replica around and in it.
-
-        VF of a rank's packs come first and VB last. D of micro-batch m comes `prefetch` micro-batches before a rank's
-        first forward of m, R right after its last backward of m: the same order of messages at both ends.
-        """
+        """The backbone's schedule with the vision actions of this rank's replica: see `add_vision`."""
         step = self._current()
+        if self._points is None or self._points[0] is not backbone:
+            self._points = backbone, delivery_points(backbone, self.options.prefetch)
         of_stage = {self.grid.sizes.coordinate(rank, "pipeline"): rank for rank in self.grid.ranks("pipeline")}
-        actions = {place: self._around(backbone, place, of_stage[place], step) for place in sorted(backbone.actions)}
-        return Schedule(
-            name=f"{backbone.name}+dep",
-            num_microbatches=backbone.num_microbatches,
-            rank_of_stage=backbone.rank_of_stage,
-            actions=actions,
+        return add_vision(
+            backbone,
+            step.plan,
+            self._points[1],
+            ranks=[of_stage[place] for place in range(backbone.num_ranks)],
+            data_rank=self.grid.index("data"),
+            collects=step.train,
+            computes_gradients=step.train and not self.options.deterministic,
         )
-
-    def _around(self, backbone: Schedule, place: int, rank: int, step: _Step) -> tuple[Action, ...]:
-        packs = [pack.number for pack in step.plan.packs_of(rank)]
-        before, after = _exchange_points(backbone.actions[place], self.options.prefetch)
-        middle: list[Action] = []
-        for position, action in enumerate(backbone.actions[place]):
-            middle += [Action(0, Kind.DELIVER, m) for m in before.get(position, ())]
-            middle.append(action)
-            if step.train:
-                middle += [Action(0, Kind.RETURN, m) for m in after.get(position, ())]
-        in_schedule = step.train and not self.options.deterministic
-        vision_backward = [Action(0, Kind.VISION_BACKWARD, number) for number in packs] if in_schedule else []
-        return (*(Action(0, Kind.VISION_FORWARD, number) for number in packs), *middle, *vision_backward)
 
     def hooks(self) -> dict[Kind, Callable[[int], None]]:
         """What the runtime calls for each kind of vision action, with the action's number."""
@@ -286,6 +291,12 @@ class DecoupledEncoder:
         held = [] if step is None else [*step.rows.values(), *step.gradients.values()]
         return sum(rows.nbytes for rows in held) + self._rows.bytes_waiting + self._gradients.bytes_waiting
 
+    @property
+    def bytes_held_by_consumer(self) -> int:
+        """Of those, what a rank of stage 0 holds as such, beside its part as one of the encoder's ranks: rows that have
+        come for it or are to come, and gradients on their way back. No more than a few micro-batches' in any step."""
+        return self._rows.bytes_awaited + self._gradients.bytes_on_their_way_out
+
     def _current(self) -> _Step:
         assert self._step is not None, "begin() starts a step"
         return self._step
@@ -294,22 +305,9 @@ class DecoupledEncoder:
         assert self._step is None, "finish() ends the step before"
 
 
-def _exchange_points(actions: Sequence[Action], prefetch: int) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """Before which action each micro-batch's rows are delivered, and after which its gradients are collected."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for position, action in enumerate(actions):
-        if action.kind is Kind.FORWARD:
-            first.setdefault(action.microbatch, position)
-        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
-            last[action.microbatch] = position
-    order = sorted(first)
-    before: dict[int, list[int]] = {}
-    for place, microbatch in enumerate(order):
-        before.setdefault(first[order[max(place - prefetch, 0)]], []).append(microbatch)
-    after: dict[int, list[int]] = {}
-    latest = -1
-    for microbatch in sorted(last):  # never before an earlier micro-batch's
-        latest = max(latest, last[microbatch])
-        after.setdefault(latest, []).append(microbatch)
-    return before, after
+def _make_group(grid: RankGrid, kind: str) -> dist.ProcessGroup | None:
+    if grid.size("world") == 1:
+        return None
+    group = dist.new_group(list(grid.ranks("world")), group_desc=f"decoupled encoder's {kind}")
+    assert isinstance(group, dist.ProcessGroup)
+    return group

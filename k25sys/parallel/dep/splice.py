@@ -1,4 +1,4 @@
-"""Encoded media into the stream of tokens, without keeping them: what phase (b) does on stage 0."""
+"""Encoded media into the stream of tokens: what phase (b) does on stage 0."""
 
 from collections.abc import Callable
 from typing import Any
@@ -49,3 +49,28 @@ def splice(
         return x_TD.index_copy(0, index_R, rows_RD.detach().to(x_TD.dtype))
     anchor = x_TD.new_empty(0, requires_grad=True)
     return _Splice.apply(x_TD, anchor, index_R, rows_RD.detach(), return_gradient)
+
+
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: Tensor, return_gradient: Callable[[Tensor], None]) -> Tensor:
+        ctx.return_gradient = return_gradient
+        return rows.view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.return_gradient(grad)
+        return None, None, None
+
+
+def taken(rows: Tensor, return_gradient: Callable[[Tensor], None]) -> Tensor:
+    """`rows` for the layers that act on them before they are spliced.
+
+    Args:
+        rows: (R, ...); whoever saves them keeps them.
+        return_gradient: gets their gradient during the backward.
+    """
+    if not torch.is_grad_enabled():
+        return rows
+    return _Taken.apply(rows.new_empty(0, requires_grad=True), rows.detach(), return_gradient)

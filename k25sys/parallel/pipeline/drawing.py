@@ -13,7 +13,6 @@ _COLOURS = {
     Kind.BACKWARD_WEIGHT: ("weight gradients", "#b6992d", "#ffffff"),
     Kind.VISION_FORWARD: ("vision forward", "#b07aa1", "#ffffff"),
     Kind.VISION_BACKWARD: ("vision backward", "#d4a6c8", "#000000"),
-    Kind.ALL_TO_ALL: ("all-to-all", "#e15759", "#ffffff"),
     Kind.DELIVER: ("media to stage 0", "#f28e2b", "#000000"),
     Kind.RETURN: ("media gradients", "#ffbe7d", "#000000"),
 }

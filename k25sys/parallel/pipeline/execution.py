@@ -1,10 +1,10 @@
 """Untimed execution of a schedule: which actions can go on, and who waits for whom when none can."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Literal
 
 from k25sys.errors import listing
-from k25sys.parallel.pipeline.ir import COMMUNICATION, Action, Kind, Schedule, dependencies
+from k25sys.parallel.pipeline.ir import COMMUNICATION, Action, Schedule, dependencies
 
 Sends = Literal["rendezvous", "buffered"]
 """Whether a send and its receive wait for each other, or a send goes on at once."""
@@ -17,6 +17,8 @@ class Execution:
         self._orders = {rank: list(actions) for rank, actions in schedule.actions.items()}
         self._positions = dict.fromkeys(self._orders, 0)
         self._ended: set[Action] = set()
+        """By all ranks that have them."""
+        self._left: Counter[Action] = Counter(action for order in self._orders.values() for action in order)
         self._needs = dependencies(schedule)
         self._sends = sends
         self._ranks: defaultdict[Action, list[int]] = defaultdict(list)
@@ -65,10 +67,14 @@ class Execution:
                 if need is not None:
                     self._waiting[need].append(rank)
                     break
+                ready.update(dict.fromkeys(party_rank for party_rank, _ in parties))
                 for party_rank, party in parties:
                     self._positions[party_rank] += 1
+                    self._left[party] -= 1
+                    if self._left[party]:
+                        continue
                     self._ended.add(party)
-                    ready.update(dict.fromkeys((party_rank, *self._waiting.pop(party, ()))))
+                    ready.update(dict.fromkeys(self._waiting.pop(party, ())))
         return not self.heads()
 
     def _head(self, rank: int) -> Action | None:
@@ -77,8 +83,6 @@ class Execution:
 
     def _parties(self, rank: int, action: Action) -> list[tuple[int, Action]]:
         """The actions, with their ranks, that go on together with `action`."""
-        if action.kind is Kind.ALL_TO_ALL:
-            return [(other, action) for other in self._ranks[action]]
         if action.kind in COMMUNICATION and self._sends == "rendezvous":
             partner = action.partner
             return [(rank, action), *((other, partner) for other in self._ranks[partner])]

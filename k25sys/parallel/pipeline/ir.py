@@ -37,9 +37,6 @@ class Kind(Enum):
     """A pack of the encoder; `microbatch` is its number, `stage` is 0; on any rank."""
     VISION_BACKWARD = "VB"
     """The recomputation and backward of a pack."""
-    ALL_TO_ALL = "A2A"
-    """Exchange of embeddings or of their gradients between the encoder's ranks and stage 0: a collective of the ranks
-    that have this action; `microbatch` is its number, `stage` is 0."""
     DELIVER = "D"
     """Starts the messages that carry a micro-batch's encoded media to stage 0; `stage` is 0; on every rank, waits for
     none."""
@@ -112,8 +109,8 @@ class Schedule:
     actions: Mapping[int, tuple[Action, ...]]
     """By rank; a rank does not start an action before the one before it has ended. Sends do not wait."""
     requires: Mapping[Action, tuple[Action, ...]] = field(default_factory=dict)
-    """Order beyond that of the stages: what must have ended, on whichever ranks, before the action starts. E.g. the VF
-    of the packs whose rows the forward of a micro-batch through stage 0 reads."""
+    """Order beyond that of the stages: what must have ended, on whichever ranks, before the action starts. E.g. the D
+    of a micro-batch, of all ranks, before its forward through stage 0."""
 
     def __post_init__(self) -> None:
         ranks = range(len(self.actions))
@@ -143,11 +140,6 @@ class Schedule:
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages of `rank`, ascending."""
         return tuple(stage for stage, owner in enumerate(self.rank_of_stage) if owner == rank)
-
-    @property
-    def splits_backward(self) -> bool:
-        """Whether weight gradients are actions of their own."""
-        return any(action.kind is Kind.BACKWARD_WEIGHT for actions in self.actions.values() for action in actions)
 
     @property
     def is_lowered(self) -> bool:

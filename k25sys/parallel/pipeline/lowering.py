@@ -16,7 +16,6 @@ _RELATIVE_COSTS = {
     Kind.BACKWARD_WEIGHT: 1.0,
     Kind.VISION_FORWARD: 1.0,
     Kind.VISION_BACKWARD: 3.0,
-    Kind.ALL_TO_ALL: 1.0,
 }
 
 

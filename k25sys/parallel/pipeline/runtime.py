@@ -135,8 +135,8 @@ class PipelineRuntime(Generic[M]):
         Args:
             microbatches: as many as the schedule has.
             forward_only: evaluates: forwards alone, without graphs.
-            schedule: of this step alone: the constructor's with vision actions added.
-            hooks: what runs a vision action, by kind; each gets the action's number.
+            schedule: of this step alone: the constructor's with VF, VB, D and R added.
+            hooks: what runs those, by kind; each gets the action's number.
 
         Raises:
             ScheduleError: another number of micro-batches, or an action without a hook.
@@ -148,7 +148,7 @@ class PipelineRuntime(Generic[M]):
             raise ScheduleError(message("PipelineRuntime.step", "microbatches", len(microbatches), accepted))
         actions = schedule.actions[self.place]
         if forward_only:
-            actions = tuple(action for action in actions if _is_evaluated(schedule, action))
+            actions = tuple(action for action in actions if action.kind in _EVALUATED)
         hooks = hooks or {}
         lacking = next((a for a in actions if a.kind not in COMPUTE | COMMUNICATION and a.kind not in hooks), None)
         if lacking is not None:
@@ -336,13 +336,6 @@ _NEEDED = {
     Kind.BACKWARD: Kind.RECV_BACKWARD,
     Kind.BACKWARD_INPUT: Kind.RECV_BACKWARD,
 }
-
-
-def _is_evaluated(schedule: Schedule, action: Action) -> bool:
-    """Whether an evaluation does `action`. An A2A is one of gradients where it requires something that it does not."""
-    if action.kind is Kind.ALL_TO_ALL:
-        return all(_is_evaluated(schedule, need) for need in schedule.requires.get(action, ()))
-    return action.kind in _EVALUATED
 
 
 def _check_messages(schedule: Schedule) -> None:

@@ -3,9 +3,8 @@
 What it gives is calculated from the costs that it is given: label it so.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import cast
 
@@ -14,8 +13,8 @@ from k25sys.parallel.pipeline.ir import COMMUNICATION, EXCHANGES, RECEIVES, SEND
 from k25sys.parallel.pipeline.timeline import Span, Timeline, Transfer
 
 Costs = Callable[[Action], float] | Mapping[Action, float] | Mapping[Kind, float] | Mapping[Action | Kind, float]
-"""Seconds of an action, in a mapping by action or else by kind. A mapping may name sends and receives, which then keep
-their rank busy so long; otherwise they take none of its time. A callable is not asked for them."""
+"""Seconds of an action, in a mapping by action or else by kind. A mapping may name sends, receives, D and R, which then
+keep their rank busy so long; otherwise they take none of its time. A callable is not asked for them."""
 LinkSeconds = float | Callable[[Action, int, int], float]
 """Seconds of a message: the same for all, or of (send action, source rank, target rank)."""
 
@@ -23,29 +22,12 @@ _NO_COMPUTE = COMMUNICATION | EXCHANGES
 _LOCKSTEP_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """Seconds of a message as latency + bytes / bandwidth; a LinkSeconds."""
-
-    latency: float
-    """Seconds."""
-    bandwidth: float
-    """Bytes a second."""
-    message_bytes: float | Callable[[Action], float]
-    """Of every message, or by its send: micro-batches may differ."""
-
-    def __call__(self, send: Action, source: int, target: int) -> float:
-        """Seconds of the message of `send`."""
-        size = self.message_bytes(send) if callable(self.message_bytes) else self.message_bytes
-        return self.latency + size / self.bandwidth
-
-
 def simulate(schedule: Schedule, costs: Costs, *, link_seconds: LinkSeconds = 0.0) -> Timeline:
     """The timeline of `schedule` when every rank goes on as early as its order and the others let it.
 
     A message travels while its ranks compute; the messages of one directed pair of ranks follow each other. With sends
-    and receives in the schedule it starts when both are reached, else when what it carries has been computed. An A2A
-    starts when all ranks that have it reach it.
+    and receives in the schedule it starts when both are reached, else when what it carries has been computed. D and
+    R wait for nobody; what requires one waits until all ranks that have it have done it.
 
     Raises:
         ScheduleError: a cost is missing, negative or not finite; a deadlock.
@@ -80,20 +62,15 @@ def simulate_replicas(
         action = replica.head(rank)
         if action is None:
             continue
-        if action.stage in lockstep and action.kind in _LOCKSTEP_KINDS:
-            parties = [(each, rank) for each in replicas]
-        else:
-            parties = [(replica, other) for other in replica.ranks_of[action]]
-        if any(each.head(other) != action for each, other in parties):
+        parties = replicas if action.stage in lockstep and action.kind in _LOCKSTEP_KINDS else [replica]
+        if any(each.head(rank) != action for each in parties):
             continue  # whoever comes last goes on for all
-        starts = [each.earliest(other, action) for each, other in parties]
-        ends = [
-            start + each.cost(action) for (each, _), start in zip(parties, starts, strict=True) if start is not None
-        ]
+        starts = [each.earliest(rank, action) for each in parties]
+        ends = [start + each.cost(action) for each, start in zip(parties, starts, strict=True) if start is not None]
         if len(ends) == len(parties):
-            for (each, other), start in zip(parties, starts, strict=True):
-                woken = each.finish(other, action, start or 0.0, max(ends))
-                ready.update(dict.fromkeys((each, rank) for rank in woken))
+            for each, start in zip(parties, starts, strict=True):
+                woken = each.finish(rank, action, start or 0.0, max(ends))
+                ready.update(dict.fromkeys((each, other) for other in woken))
     waits = [f"rank {rank} before {action}" for replica in replicas for rank, action in replica.heads().items()]
     if waits:
         hint = "replicas wait for each other in different orders" if len(replicas) > 1 else "validate() tells more"
@@ -107,16 +84,17 @@ class _Replica:
 
     def __init__(self, schedule: Schedule, costs: Costs, link_seconds: LinkSeconds) -> None:
         self.schedule = schedule
-        self.ranks_of: defaultdict[Action, list[int]] = defaultdict(list)
-        for rank, actions in schedule.actions.items():
-            for action in actions:
-                self.ranks_of[action].append(rank)
+        self._left = Counter(action for actions in schedule.actions.values() for action in actions)
+        """Ranks that have not ended the action."""
         self._costs, self._link_seconds = costs, link_seconds
         self._is_lowered = schedule.is_lowered
         self._needs = dependencies(schedule)
         self._position = dict.fromkeys(schedule.actions, 0)
         self._free = dict.fromkeys(schedule.actions, 0.0)
         self._ended: dict[Action, float] = {}
+        """When the last rank that has the action ended it."""
+        self._latest: defaultdict[Action, float] = defaultdict(float)
+        """The latest end of the action so far."""
         self._arrived: dict[Action, float] = {}
         """By send, and by receive."""
         self._waiting: defaultdict[Action, list[int]] = defaultdict(list)
@@ -169,7 +147,11 @@ class _Replica:
         """Writes down that `rank` did `action`, and sends what it made on its way; the ranks that may go on."""
         self._spans[rank].append(Span(rank, action, start, end, self.cost(action)))
         self._position[rank] += 1
-        self._free[rank] = self._ended[action] = end
+        self._free[rank] = end
+        self._left[action] -= 1
+        self._latest[action] = max(end, self._latest[action])
+        if not self._left[action]:
+            self._ended[action] = self._latest[action]
         events = [action]
         if action.kind in COMMUNICATION:
             send = action if action.kind in SENDS else action.partner

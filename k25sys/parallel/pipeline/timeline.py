@@ -64,7 +64,7 @@ class Timeline:
         return self.end - self.start
 
     def busy(self, rank: int) -> float:
-        """Seconds in which `rank` computes; messages and all-to-alls are no computation."""
+        """Seconds in which `rank` computes; messages, D and R are no computation."""
         return sum(span.busy for span in self.spans[rank] if span.action.kind in COMPUTE | VISION)
 
     @property

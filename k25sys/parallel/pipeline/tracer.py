@@ -20,9 +20,8 @@ _COLOURS = {
     Kind.BACKWARD_WEIGHT: "rail_idle",
     Kind.VISION_FORWARD: "cq_build_passed",
     Kind.VISION_BACKWARD: "cq_build_running",
-    Kind.ALL_TO_ALL: "terrible",
 }
-_TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | EXCHANGES | {Kind.ALL_TO_ALL}, "vision": VISION}
+_TRACKS = {"compute": COMPUTE, "communication": COMMUNICATION | EXCHANGES, "vision": VISION}
 _Event = dict[str, Any]
 _MOST_LANES = 1000
 """The tracks of a kind are numbered from a multiple of it."""

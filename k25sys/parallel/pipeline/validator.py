@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from k25sys.errors import ScheduleError, listing, message
 from k25sys.parallel.pipeline.execution import Execution, Sends
-from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, VISION, Action, Kind, Schedule, dependencies
+from k25sys.parallel.pipeline.ir import COMMUNICATION, COMPUTE, EXCHANGES, VISION, Action, Kind, Schedule, dependencies
 
 _FREES = (Kind.BACKWARD, Kind.BACKWARD_WEIGHT)
 
@@ -18,8 +18,8 @@ def validate(
 
     Checked: every stage has a rank and every rank a stage; F and B, or F, I and W, of every stage and micro-batch once,
     on the stage's rank, nothing else; with sends and receives, every pair between two ranks and no other; VF of a pack
-    on one rank, VB at most once and with a VF, each A2A once on a rank; whatever an action needs of its own rank comes
-    before it; weight gradients accumulate over micro-batches 0, 1, 2, ...; no deadlock.
+    on one rank, VB at most once and with a VF; D and R of stage 0, at most once on a rank; whatever an action needs of
+    its own rank comes before it; weight gradients accumulate over micro-batches 0, 1, 2, ...; no deadlock.
 
     Args:
         max_in_flight: The most (stage, micro-batch) pairs whose activations a rank may hold at once, the same for all
@@ -91,10 +91,8 @@ def _check_once(schedule: Schedule) -> None:
 
 
 def _faults_of_vision(schedule: Schedule, present: set[Action]) -> list[str]:
-    faults = [f"{action} of a stage other than 0" for action in present if action.kind in VISION and action.stage]
-    faults += [
-        f"{action} of a stage other than 0" for action in present if action.kind is Kind.ALL_TO_ALL and action.stage
-    ]
+    of_stage_0 = VISION | EXCHANGES
+    faults = [f"{action} of a stage other than 0" for action in present if action.kind in of_stage_0 and action.stage]
     ranks = Counter(action for actions in schedule.actions.values() for action in set(actions) if action.kind in VISION)
     faults += [f"{action} on {count} ranks" for action, count in ranks.items() if count > 1]
     for action in present:

@@ -54,7 +54,7 @@ def as_run(recorders: Sequence[Recorder], schedule: Schedule) -> Timeline:
 
 
 def measured(recorders: Sequence[Recorder]) -> dict[Action, float]:
-    """The CPU seconds of every action of a step; an A2A, which several ranks do, counts as its slowest one."""
+    """The CPU seconds of every action of a step; D and R, on every rank, count as their slowest one."""
     seconds: dict[Action, float] = {}
     for recorder in recorders:
         for each in recorder.recorded:

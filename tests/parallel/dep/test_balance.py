@@ -137,6 +137,7 @@ def test_measured_times_give_the_cost_back() -> None:
             "one clip in a place",
         ),
         (lambda: assign([], MOONVIT, 0), "assign: num_ranks: got 0"),
+        (lambda: assign([], MOONVIT, 4, ranks_per_node=2), "got 2 with node_of_pack not given, accepted both, or"),
         (
             lambda: assign([], MOONVIT, 6, ranks_per_node=4, node_of_pack=[]),
             "ranks_per_node: got 4, accepted a divisor of",

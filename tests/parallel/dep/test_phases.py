@@ -99,7 +99,7 @@ def _check_steps(
     for seed in seeds:
         drawn = draw_step(seed, data_ranks=sizes.data, microbatches=MICROBATCHES, consumers_of=first_stage)
         encoder = Encoder(dtype)
-        options = DecoupledOptions(cost=COST, max_patches=64, prefetch=seed % 3, deterministic=deterministic)
+        options = DecoupledOptions(cost=COST, max_patches=64, prefetch=1 + seed % 3, deterministic=deterministic)
         decoupled = DecoupledEncoder(encoder, grid, row_shape=(WIDTH,), rows_of=rows_of, dtype=dtype, options=options)
         before = torch.random.get_rng_state()
         consumed = one_step(decoupled, grid, drawn, dtype)

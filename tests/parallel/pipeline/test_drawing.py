@@ -70,7 +70,7 @@ def test_vision_is_drawn_and_names_are_escaped() -> None:
     root = ElementTree.fromstring(draw_svg(named))
     texts = [element.text or "" for element in root.iter(SVG + "text")]
     assert texts[0].startswith("<a & b>: ")
-    assert {"forward", "vision forward", "vision backward", "all-to-all"} <= set(texts)
+    assert {"forward", "vision forward", "vision backward", "media to stage 0", "media gradients"} <= set(texts)
 
 
 def test_nothing_and_too_narrow() -> None:

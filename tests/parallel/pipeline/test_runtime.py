@@ -132,26 +132,28 @@ def _with_vision(schedule: Schedule, *, at: int, actions: tuple[Action, ...], **
     return replace(schedule, name="vision", actions={0: (*own[:at], *actions, *own[at:])}, **options)
 
 
-def test_vision_actions_call_their_hooks_in_order() -> None:
+def test_vision_actions_and_exchanges_call_their_hooks_in_order() -> None:
     runtime, rows, schedule = _alone()
     encode, decode = Action(0, Kind.VISION_FORWARD, 3), Action(0, Kind.VISION_BACKWARD, 3)
-    embeddings, gradients = Action(0, Kind.ALL_TO_ALL, 0), Action(0, Kind.ALL_TO_ALL, 1)
-    vision = _with_vision(schedule, at=0, actions=(encode, embeddings))
-    own = (*vision.actions[0], gradients, decode)
-    vision = replace(vision, actions={0: own}, requires={gradients: (own[-3],)})
+    deliver, collect = Action(0, Kind.DELIVER, 1), Action(0, Kind.RETURN, 1)
+    vision = _with_vision(schedule, at=0, actions=(encode, deliver))
+    vision = replace(vision, actions={0: (*vision.actions[0], collect, decode)})
     called: list[tuple[str, int]] = []
 
     def hook(kind: Kind) -> Callable[[int], None]:
         return lambda number: called.append((kind.value, number))
 
-    hooks = {kind: hook(kind) for kind in (Kind.VISION_FORWARD, Kind.VISION_BACKWARD, Kind.ALL_TO_ALL)}
+    hooks = {action.kind: hook(action.kind) for action in (encode, deliver, collect, decode)}
     runtime.step(rows, schedule=vision, hooks=hooks)
-    assert called == [("VF", 3), ("A2A", 0), ("A2A", 1), ("VB", 3)]
+    assert called == [("VF", 3), ("D", 1), ("R", 1), ("VB", 3)]
     called.clear()
     runtime.step(rows, schedule=vision, hooks=hooks, forward_only=True)
-    assert called == [("VF", 3), ("A2A", 0)]
+    assert called == [("VF", 3), ("D", 1)]
     with pytest.raises(ScheduleError, match="hooks: got none for 0VF3, accepted a hook for VISION_FORWARD"):
-        runtime.step(rows, schedule=vision, hooks={Kind.ALL_TO_ALL: hook(Kind.ALL_TO_ALL)})
+        runtime.step(rows, schedule=vision, hooks={Kind.DELIVER: hook(Kind.DELIVER)})
+    del hooks[Kind.RETURN]
+    with pytest.raises(ScheduleError, match="hooks: got none for 0R1, accepted a hook for RETURN"):
+        runtime.step(rows, schedule=vision, hooks=hooks)
     other = make_schedule("gpipe", num_ranks=1, num_microbatches=2)
     with pytest.raises(ScheduleError, match="got gpipe with another order of rank 0, accepted that of 1f1b, with"):
         runtime.step(rows, schedule=other)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from k25sys.errors import ScheduleError
 from k25sys.parallel.pipeline import Action, Kind, Schedule, Timeline, lower, make_schedule, simulate
-from k25sys.parallel.pipeline.simulator import Link, simulate_replicas
+from k25sys.parallel.pipeline.simulator import simulate_replicas
 from k25sys.parallel.pipeline.timeline import Span
 from k25sys.parallel.pipeline.validator import peak_in_flight
 from tests.parallel.pipeline.sizes import COSTS, all_schedules
@@ -146,16 +146,21 @@ def test_memory_is_held_from_the_start_of_what_allocates_to_the_end_of_what_free
     assert amounts == [(0.0, 8.0), (2.0, 3.0), (3.0, 0.0), (3.0, 8.0), (5.0, 3.0), (6.0, 0.0)]
 
 
-def test_links_have_latency_and_bandwidth_and_transfers_overlap_compute() -> None:
-    """Rank 0 sends two micro-batches of 1 and of 4 MB at 2 MB/s with 0.25 s latency while it goes on computing."""
+def test_messages_differ_and_overlap_compute() -> None:
+    """Rank 0 sends two micro-batches, of 0.75 s and of 2.25 s, while it goes on computing."""
     schedule = make_schedule("gpipe", num_ranks=2, num_microbatches=2)
-    link = Link(latency=0.25, bandwidth=2e6, message_bytes=lambda send: 1e6 if send.microbatch == 0 else 4e6)
+    asked: list[tuple[str, int, int]] = []
+
+    def link(send: Action, source: int, target: int) -> float:
+        asked.append((str(send), source, target))
+        return 0.75 if send.microbatch == 0 else 2.25
+
     timeline = simulate(schedule, {Kind.FORWARD: 1.0, Kind.BACKWARD: 1.0}, link_seconds=link)
     there = [(t.start, t.end) for t in timeline.transfers if t.send.kind is Kind.SEND_FORWARD]
     assert there == [(1.0, 1.75), (2.0, 4.25)]
     assert [(span.start, span.end) for span in timeline.spans[0][:2]] == [(0.0, 1.0), (1.0, 2.0)]
     assert [(span.start, span.end) for span in timeline.spans[1][:2]] == [(1.75, 2.75), (4.25, 5.25)]
-    assert Link(latency=1.0, bandwidth=4.0, message_bytes=8.0)(Action(0, Kind.SEND_FORWARD, 0), 0, 1) == 3.0
+    assert sorted(asked) == [("0SF0", 0, 1), ("0SF1", 0, 1), ("1SB0", 1, 0), ("1SB1", 1, 0)]
 
 
 def test_messages_of_one_link_follow_each_other() -> None:
@@ -233,22 +238,45 @@ def test_weight_gradients_are_not_in_lockstep() -> None:
 def _vision(requires: bool) -> Timeline:
     base = make_schedule("1f1b", num_ranks=2, num_microbatches=1)
     actions = {
-        0: tuple(map(Action.parse, ["0VF0", "0A2A0", "0F0", "0B0", "0A2A1", "0VB0"])),
-        1: tuple(map(Action.parse, ["0VF1", "0A2A0", "0VF2", "1F0", "1B0", "0A2A1", "0VB1", "0VB2"])),
+        0: tuple(map(Action.parse, ["0VF0", "0D0", "0F0", "0B0", "0R0", "0VB0"])),
+        1: tuple(map(Action.parse, ["0VF1", "0VF2", "0D0", "1F0", "1B0", "0R0", "0VB1", "0VB2"])),
     }
-    needs = {Action.parse("0F0"): (Action.parse("0VF2"),)} if requires else {}
-    costs = {Kind.VISION_FORWARD: 2.0, Kind.VISION_BACKWARD: 6.0, Kind.ALL_TO_ALL: 0.5} | COSTS
+    needs = {Action.parse("0F0"): (Action.parse("0D0"),)} if requires else {}
+    costs = {Kind.VISION_FORWARD: 2.0, Kind.VISION_BACKWARD: 6.0, Kind.DELIVER: 0.5, Kind.RETURN: 0.25} | COSTS
     return simulate(replace(base, actions=actions, requires=needs), {**costs, Action.parse("0VF1"): 3.0})
 
 
 def test_vision_actions_and_exchanges() -> None:
-    """An A2A ends, for all, when the last rank that has it has been in it for its time; it is no work, vision is."""
+    """A D waits for no other rank, what requires it for all that have it; it is no work, vision is."""
     free, bound = _vision(requires=False), _vision(requires=True)
-    assert [(span.start, span.end) for span in free.spans[0]][:3] == [(0.0, 2.0), (2.0, 3.5), (3.5, 4.5)]
-    assert [(span.start, span.end) for span in free.spans[1]][:3] == [(0.0, 3.0), (3.0, 3.5), (3.5, 5.5)]
+    assert [(span.start, span.end) for span in free.spans[0]][:3] == [(0.0, 2.0), (2.0, 2.5), (2.5, 3.5)]
+    assert [(span.start, span.end) for span in free.spans[1]][1:4] == [(3.0, 5.0), (5.0, 5.5), (5.5, 6.5)]
     assert free.busy(0) == 2 + 1 + 2 + 6
-    assert free.spans[1][3].start == 5.5
+    assert [(span.start, span.end) for span in free.spans[1]][4:6] == [(6.5, 8.5), (8.5, 8.75)]
+    assert bound.spans[0][1] == free.spans[0][1]
     assert (bound.spans[0][2].start, bound.spans[1][3].start) == (5.5, 6.5)
+
+
+@pytest.mark.parametrize("ranks", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("slowest", [0, 1, 2])
+def test_a_forward_of_stage_0_starts_when_all_ranks_have_delivered(slowest: int, ranks: tuple[int, ...]) -> None:
+    """Whichever rank is the last, and has stage 0; D itself takes no time unless `costs` names it."""
+    base = make_schedule("1f1b", num_ranks=3, num_microbatches=2)
+    actions = {
+        rank: (*map(Action.parse, (f"0VF{rank}", "0D0", "0D1")), *base.actions[stage])
+        for stage, rank in enumerate(ranks)
+    }
+    needs = {Action.parse(f"0F{i}"): (Action.parse(f"0D{i}"),) for i in range(2)}
+    seconds = {Action.parse(f"0VF{rank}"): 9.0 if rank == slowest else 1.0 + rank for rank in range(3)}
+    schedule = replace(base, rank_of_stage=ranks, actions=actions, requires=needs)
+    for each in (schedule, lower(schedule)):
+        timeline = simulate(each, {**COSTS, **seconds})
+        starts = {(span.rank, str(span.action)): span.start for span in timeline}
+        assert [starts[rank, "0D1"] for rank in range(3)] == [seconds[Action.parse(f"0VF{rank}")] for rank in range(3)]
+        assert (starts[ranks[0], "0F0"], starts[ranks[1], "1F0"]) == (9.0, 10.0)
+        later = simulate(each, {**COSTS, **seconds, Action.parse("0D1"): 4.0})
+        starts = {str(span.action): span.start for span in later if span.action.kind is Kind.FORWARD}
+        assert (starts["0F0"], starts["0F1"]) == ((13.0, 14.0) if slowest == ranks[0] else (9.0, 13.0))
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,10 @@ def test_traces_of_all_schedules_are_valid(tmp_path: Path) -> None:
 def _vision() -> Timeline:
     base = make_schedule("1f1b", num_ranks=2, num_microbatches=2)
     actions = {
-        0: (*map(Action.parse, ("0VF0", "0A2A0")), *base.actions[0], *map(Action.parse, ("0A2A1", "0VB0"))),
-        1: (*map(Action.parse, ("0VF1", "0A2A0")), *base.actions[1], *map(Action.parse, ("0A2A1", "0VB1"))),
+        0: (*map(Action.parse, ("0VF0", "0D0")), *base.actions[0], *map(Action.parse, ("0R0", "0VB0"))),
+        1: (*map(Action.parse, ("0VF1", "0D0")), *base.actions[1], *map(Action.parse, ("0R0", "0VB1"))),
     }
-    costs = {Kind.VISION_FORWARD: 2.0, Kind.VISION_BACKWARD: 6.0, Kind.ALL_TO_ALL: 0.5} | COSTS
+    costs = {Kind.VISION_FORWARD: 2.0, Kind.VISION_BACKWARD: 6.0, Kind.DELIVER: 0.5, Kind.RETURN: 0.5} | COSTS
     return simulate(lower(replace(base, actions=actions)), costs, link_seconds=0.1)
 
 
@@ -85,7 +85,8 @@ def test_tracks_and_arguments(tmp_path: Path) -> None:
     track = {(e["pid"], e["name"]): names[e["pid"], e["tid"]] for e in events if e["ph"] == "X"}
     assert track[0, "0F0"] == track[1, "1B1"] == "compute"
     assert track[1, "0VF1"] == track[0, "0VB0"] == "vision"
-    assert track[0, "0A2A0"] == track[0, "0SF0"] == track[1, "1RF0"] == "communication"
+    assert track[0, "0D0"] == track[1, "0D0"] == track[1, "0R0"] == "communication"
+    assert track[0, "0SF0"] == track[1, "1RF0"] == "communication"
     first = next(e for e in events if e["name"] == "0F1")
     assert first["args"] == {"stage": 0, "micro-batch": 1, "busy_us": 1e6}
     assert (first["cat"], first["dur"]) == ("FORWARD", 1e6)

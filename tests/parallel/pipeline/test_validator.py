@@ -135,8 +135,10 @@ TWO = make_schedule("1f1b", num_ranks=2, num_microbatches=2)
         ({"r0": "0VB0 0VF0 0F0 0F1 0B0 0B1"}, "got 0VB0 before 0VF0 on rank 0, accepted 0VF0 first: 0VB0 needs it"),
         ({"r0": "0VF0 0F0 0F1 0B0 0B1", "r1": "0VF0 1F0 1B0 1F1 1B1"}, "0VF0 on 2 ranks"),
         ({"r0": "1VF0 0F0 0F1 0B0 0B1"}, "1VF0 of a stage other than 0"),
-        ({"r0": "0F0 0F1 1A2A0 0B0 0B1"}, "1A2A0 of a stage other than 0"),
-        ({"r0": "0A2A0 0A2A1 0F0 0F1 0B0 0B1", "r1": "0A2A1 0A2A0 1F0 1B0 1F1 1B1"}, "waits for rank 1 to reach 0A2A0"),
+        ({"r0": "0F0 0F1 1D0 0B0 0B1"}, "1D0 of a stage other than 0"),
+        ({"r1": "1F0 1B0 1R0 1F1 1B1"}, "1R0 of a stage other than 0"),
+        ({"r0": "0D0 0F0 0D0 0F1 0B0 0B1", "r1": "0D0 1F0 1B0 1F1 1B1"}, "0D0 2 times on rank 0"),
+        ({"r1": "1F0 1B0 0R0 1F1 0R0 1B1"}, "0R0 2 times on rank 1"),
         ({"r2": ""}, "got stages on ranks (0, 1), accepted one stage or more on each of ranks 0 to 2"),
     ],
 )
@@ -189,21 +191,42 @@ def test_memory_bound() -> None:
 VISION = replace(
     _edited(
         TWO,
-        r0="0VF0 0A2A0 0F0 0F1 0B0 0B1 0A2A1 0VB0",
-        r1="0VF1 0VF2 0A2A0 1F0 1B0 1F1 1B1 0A2A1 0VB2 0VB1",
+        r0="0VF0 0D0 0D1 0F0 0F1 0B0 0R0 0B1 0R1 0VB0",
+        r1="0VF1 0VF2 0D0 1F0 0D1 1B0 0R0 1F1 1B1 0R1 0VB2 0VB1",
     ),
-    requires={Action.parse("0F0"): (Action.parse("0VF0"),), Action.parse("0F1"): (Action.parse("0VF2"),)},
+    requires={
+        Action.parse("0F0"): (Action.parse("0D0"),),
+        Action.parse("0F1"): (Action.parse("0D1"),),
+        Action.parse("0VB2"): (Action.parse("0B1"),),
+    },
 )
 
 
 def test_vision_actions_are_ordinary_ones() -> None:
     validate(VISION)
     validate(lower(VISION))
-    late = _edited(replace(VISION, requires={}), r0="0A2A0 0F0 0F1 0VF0 0B0 0B1 0A2A1 0VB0")
+    late = _edited(replace(VISION, requires={}), r0="0VF0 0D0 0F0 0F1 0D1 0B0 0R0 0B1 0R1 0VB0")
     validate(late)
-    with pytest.raises(ScheduleError, match="got 0F0 before 0VF0 on rank 0"):
+    with pytest.raises(ScheduleError, match="got 0F1 before 0D1 on rank 0, accepted 0D1 first: 0F1 needs it"):
         validate(replace(late, requires=VISION.requires))
-    with pytest.raises(ScheduleError, match="deadlock: rank 0 in 0F1 waits for 0VF2 of rank 1"):
-        validate(_edited(VISION, r1="0VF1 0A2A0 1F0 1B0 1F1 0VF2 1B1 0A2A1 0VB2 0VB1"))
+    stuck = _edited(VISION, r1="0VF1 0VF2 0D0 1F0 1B0 0R0 1F1 0D1 1B1 0R1 0VB2 0VB1")
+    validate(replace(stuck, requires={}))
+    waits = "rank 0 in 0F1 waits for 0D1 of rank 0, 1; rank 1 in 1F1 waits for 0F1 of rank 0"
+    with pytest.raises(ScheduleError, match=f"deadlock: {waits}"):
+        validate(stuck)
+    early = _edited(VISION, r1="0VF1 0VF2 0D0 0D1 1F0 0VB2 1B0 0R0 1F1 1B1 0R1 0VB1")
+    with pytest.raises(
+        ScheduleError, match="deadlock: rank 0 in 0B0 waits for 1B0 of rank 1; rank 1 in 0VB2 waits for 0B1"
+    ):
+        validate(early)
     with pytest.raises(ScheduleError, match="0VF9 missing, which is required"):
         validate(replace(VISION, requires={Action.parse("0F0"): (Action.parse("0VF9"),)}))
+    with pytest.raises(ScheduleError, match="0D1 missing, which is required"):
+        validate(_edited(VISION, r0="0D0 0F0 0F1 0B0 0B1", r1="0VF2 0D0 1F0 1B0 1F1 1B1 0VB2"))
+
+
+def test_deliveries_and_returns_wait_for_no_other_rank() -> None:
+    """In any order on each rank, and so late that a collective would stand still."""
+    rows = {"r0": "0D0 0D1 0F0 0F1 0B0 0R1 0R0 0B1", "r1": "1F0 1B0 0D1 0R0 1F1 0D0 1B1 0R1"}
+    validate(_edited(TWO, **rows))
+    validate(lower(_edited(TWO, **rows)))

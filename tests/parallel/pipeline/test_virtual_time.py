@@ -120,7 +120,10 @@ def test_the_relative_error_compares_odd_steps_with_what_even_steps_predict() ->
         replay(schedule, step)
 
 
-def test_an_exchange_of_several_ranks_counts_as_its_slowest() -> None:
-    exchange = Action(0, Kind.ALL_TO_ALL, 0)
-    recorders = [Recorder(recorded=[Recorded(exchange, 0.0, 1.0, cpu)]) for cpu in (0.25, 0.75, 0.5)]
-    assert measured(recorders) == {exchange: 0.75}
+def test_what_is_on_every_rank_counts_as_its_slowest() -> None:
+    deliver, collect = Action(0, Kind.DELIVER, 0), Action(0, Kind.RETURN, 0)
+    recorders = [
+        Recorder(recorded=[Recorded(deliver, 0.0, 1.0, cpu), Recorded(collect, 1.0, 2.0, 1.0 - cpu)])
+        for cpu in (0.25, 0.875, 0.5)
+    ]
+    assert measured(recorders) == {deliver: 0.875, collect: 0.75}
