@@ -91,6 +91,11 @@ def test_the_command_writes_what_it_was_asked_for(tmp_path: Path) -> None:
         (["--gpus", "8", "--hardware", "a100"], "--hardware: got 'a100', accepted h100, h800, h200"),
         (["--gpus", "128", "--pp", "64"], "--pp x --vpp: got 64 x 1 = 64 stages, accepted up to 61"),
         (["--gpus", "8", "--sweep", "gpus=1,2"], "--sweep: got 'gpus=1,2'"),
+        (["--gpus", "8", "--sweep", "ep=1", "--sweep", "ep=2"], "--sweep: got ep a second time"),
+        (["--gpus", "8", "--sweep", "ep=1", "--svg", "x.svg"], "--svg: got a file beside --sweep"),
+        (["--gpus", "8", "--sweep", "ep=3,5"], "2 impossible runs, accepted a possible one among them; the first is"),
+        (["--gpus", "8", "--seed", "-1"], "--seed: got -1, accepted an int >= 0"),
+        (["--gpus", "8", "--uniform", "--vision", "dep"], "--vision: got 'dep', accepted none with --uniform"),
     ],
 )
 def test_impossible_runs_name_the_flag(flags: list[str], text: str) -> None:
