@@ -77,7 +77,7 @@ _PRESETS = {
 }
 
 
-def hardware(name: str, **changes: float) -> Hardware:
+def hardware(name: str, /, **changes: float) -> Hardware:
     """The preset h800, h100 or h200, with any of its numbers replaced by measured ones.
 
     Raises:
