@@ -1,8 +1,18 @@
 """What a GPU and its links can do. Peaks are the vendors' data sheets; efficiencies are assumptions, and said so."""
 
+import sys
 from dataclasses import dataclass, fields, replace
 
 from k25sys.errors import ArgumentValueError, message
+
+
+def _check(op: str, argument: str, field: str, value: object) -> None:
+    whole, share = field == "gpus_per_node", field.endswith("efficiency")
+    largest = 1 if share else sys.float_info.max
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= largest
+    if not number or (whole and not isinstance(value, int)):
+        accepted = "an int >= 1" if whole else "a share of (0, 1]" if share else "a finite number > 0"
+        raise ArgumentValueError(message(op, argument, repr(value), accepted))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +45,8 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            share = item.name.endswith("efficiency")
-            if item.name != "name" and not (value > 0 and (not share or value <= 1)):
-                accepted = "a share of (0, 1]" if share else "a number > 0"
-                raise ArgumentValueError(message("Hardware", item.name, value, accepted))
+            if item.name != "name":
+                _check("Hardware", item.name, item.name, getattr(self, item.name))
 
     def assumptions(self) -> list[str]:
         """One line for each number that a plan rests on."""
@@ -70,7 +77,7 @@ _PRESETS = {
 }
 
 
-def hardware(name: str, **changes: float) -> Hardware:
+def hardware(name: str, /, **changes: float) -> Hardware:
     """The preset h800, h100 or h200, with any of its numbers replaced by measured ones.
 
     Raises:
@@ -79,7 +86,9 @@ def hardware(name: str, **changes: float) -> Hardware:
     if name not in _PRESETS:
         raise ArgumentValueError(message("plan", "--hardware", repr(name), ", ".join(_PRESETS)))
     known = {item.name for item in fields(Hardware)} - {"name"}
-    for field in changes:
+    for field, value in changes.items():
         if field not in known:
-            raise ArgumentValueError(message("plan", "calibration", repr(field), ", ".join(sorted(known))))
+            accepted = ", ".join(sorted(known))
+            raise ArgumentValueError(message("plan", "--calibration", f"a field {field!r}", accepted))
+        _check("plan", f"--calibration {field}", field, value)
     return replace(_PRESETS[name], **changes)

@@ -37,11 +37,14 @@ def parameter_memory(parameters: float, shards: int, *, adam: bool) -> Memory:
     )
 
 
-def saved_bytes(text: TextConfig, index: int, recompute: str) -> dict[str, float]:
+def saved_bytes(text: TextConfig, index: int, recompute: str, *, ep: int) -> dict[str, float]:
     """What decoder layer `index` keeps of each token for its backward, in bfloat16, by name.
 
     "selective" is K2's list (section 2.4.3): norms, SwiGLU, MLA up-projections and MoE down-projections are computed
-    again, and the inputs of the experts and of their SwiGLU are kept in E4M3.
+    again, and the inputs of the experts and of their SwiGLU are kept in E4M3. The outputs of MoE down-projections
+    follow `ep` instead: on one expert-parallel rank ops.expert_mlp never keeps them, with several ops.combine keeps the
+    rows that come home whatever `recompute` says (to compute them again would be another exchange). The same op keeps
+    tokens where rows arrive from other ranks with several: one for each expert of a token.
     """
     dim, heads, rank = text.hidden_size, text.num_attention_heads, text.q_lora_rank or 0
     again = recompute == "selective"
@@ -60,10 +63,12 @@ def saved_bytes(text: TextConfig, index: int, recompute: str) -> dict[str, float
     width, top_k, shared = text.moe_intermediate_size, text.num_experts_per_tok, text.n_shared_experts
     stored = E4M3_BYTES if again else _BF16
     saved["router"] = 4.0 * text.n_routed_experts
-    saved["expert inputs"] = stored * top_k * dim
+    if ep > 1:
+        saved["expert inputs"], saved["returned rows"] = stored * top_k * dim, _BF16 * top_k * dim
+    elif again:
+        saved["expert inputs"] = stored * dim  # else they are a norm's output, counted above
     saved["swiglu inputs"] = stored * 2 * width * (top_k + shared)
     saved["swiglu"] = 0.0 if again else _BF16 * shared * width  # the experts' own is never kept
-    saved["moe_down"] = 0.0 if again else _BF16 * top_k * dim
     return saved
 
 

@@ -1,15 +1,15 @@
 """A planned run: step time, memory of each stage, what binds, and what decoupling the encoder costs."""
 
-from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from k25sys.parallel.dep import EncodingPlan, assign, make_packs
+from k25sys.parallel.dep import EncodingPlan, assign
 from k25sys.parallel.pipeline.generators import make_schedule
 from k25sys.parallel.pipeline.ir import Action, Kind, Schedule
-from k25sys.parallel.pipeline.simulator import simulate, simulate_replicas
+from k25sys.parallel.pipeline.simulator import simulate
 from k25sys.parallel.pipeline.timeline import Timeline
 from k25sys.planner.costs import edge_parameters, layer_parameters, text_work, vision_parameters, vision_work
+from k25sys.planner.encoder import RECOMPUTE_AND_BACKWARD, PlannedEncoder, with_vision
 from k25sys.planner.memory import Memory, parameter_memory, peak_activations, saved_bytes
 from k25sys.planner.request import PlanRequest
 from k25sys.planner.seconds import (
@@ -23,10 +23,8 @@ from k25sys.planner.seconds import (
 )
 from k25sys.planner.vision import DrawnMedia, assumptions, draw_media
 
-_MAX_PATCHES = 16384  # in a pack of the decoupled encoder: the largest image fits
-_PREFETCH = 1
-_RECOMPUTE_AND_BACKWARD = 3.0  # forwards' worth of phase (c)
 _LOGITS_ROWS = 1024
+_SHARE_OFF = 0.02  # of all tokens: what the drawn media may differ by without a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class DepPlan:
     @property
     def ceiling(self) -> float:
         """Efficiency with perfect balance: an encoding, another one, and a backward of two."""
-        return 1.0 / (1.0 + (1.0 + _RECOMPUTE_AND_BACKWARD) * self.vision_forward_share)
+        return 1.0 / (1.0 + (1.0 + RECOMPUTE_AND_BACKWARD) * self.vision_forward_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ class Plan:
             ways += ["more pipeline or expert ranks", "more GPUs to shard the optimiser over"]
             found.append(f"{over:.1f} GB too much on the fullest stage: {', or '.join(ways)}")
         if self.bubble > 0.1:
-            found.append(f"bubble {self.bubble:.0%}: more --microbatches, or --schedule interleaved_1f1b with --vpp 2")
+            found.append(f"bubble {self.bubble:.0%}: {', or '.join(self._less_bubble())}")
         if request.vision == "stage0" and self.efficiency_vs_text < 0.95:
             found.append("stage 0 waits for its encoder: --vision dep")
         if self.dep is not None and self.dep.max_over_mean > 1.1:
@@ -124,8 +122,25 @@ class Plan:
                 f"one pack is {self.dep.max_over_mean:.2f} times the mean load: more clips a step, or smaller images"
             )
         if request.ep > 1 and request.schedule != "interleaved_1f1b" and not request.uniform:
-            found.append("all-to-alls are exposed: interleaved_1f1b runs them behind another micro-batch's compute")
+            found.append("all-to-alls are exposed: Kimi K2's interleaved_1f1b runs them behind another micro-batch")
+        if request.vision != "none" and abs(self.token_share - request.vision_share) > _SHARE_OFF:
+            found.append(
+                f"drawn media are {self.token_share:.0%} of the tokens, {request.vision_share:.0%} were asked for: "
+                "longer sequences or more micro-batches"
+            )
         return found
+
+    def _less_bubble(self) -> list[str]:
+        """Flags that shrink the bubble, none of them as it is."""
+        request, ways = self.request, ["more --microbatches"]
+        interleaved = request.schedule == "interleaved_1f1b"
+        vpp = request.vpp + 1 if interleaved else 2
+        # zb_h1 has its bubble over three parts of a micro-batch's work: two chunks of a rank are no better.
+        if request.schedule != "zb_h1" and request.pp * vpp <= request.config.text.num_hidden_layers:
+            ways.append(f"--vpp {vpp}" if interleaved else f"--schedule interleaved_1f1b with --vpp {vpp}")
+        elif request.schedule == "gpipe":
+            ways.append("--schedule zb_h1")
+        return ways
 
     def to_json(self) -> dict[str, Any]:
         """As INTERFACES has it."""
@@ -192,13 +207,14 @@ class _Planner:
         self.layers = stage_layers(request)
         self.stages = [self._stage_seconds(stage) for stage in range(len(self.layers))]
         self.media = DrawnMedia((), 0.0)
+        self.encoder: PlannedEncoder | None = None
         vision = self.config.vision
         if vision is not None and request.vision != "none":
             self.media = draw_media(
                 vision, data_ranks=request.data, microbatches=request.microbatches, sequence=request.sequence,
                 vision_share=request.vision_share, video_share=request.video_share, seed=request.seed,
             )  # fmt: skip
-            self.encoder = encoder_cost(request, vision)
+            self.encoder = PlannedEncoder(request, vision, self.media.clips, encoder_cost(request, vision))
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -225,36 +241,12 @@ class _Planner:
         link = 0.0 if self.request.uniform else message_seconds(self.request)
         return simulate(self.schedule, self.cost, link_seconds=link)
 
-    def _stage0_timeline(self) -> Timeline:
-        """With the encoder inside stage 0, beside the expert-parallel peers whose stage 0 it waits for."""
-        request = self.request
-        per_group = max(1, request.ep // (request.tp * request.cp))
-        replicas = min(request.data, per_group)
-        encode: defaultdict[tuple[int, int], float] = defaultdict(float)
-        for pack in make_packs(self.media.clips, max_patches=_MAX_PATCHES):
-            encode[pack.clips[0].home] += self.encoder.of(pack)
-        factors = {Kind.FORWARD: 1.0, Kind.BACKWARD: 2.0, Kind.BACKWARD_INPUT: 1.0, Kind.BACKWARD_WEIGHT: 1.0}
-
-        def cost_of(data_rank: int):
-            def cost(action: Action) -> float:
-                extra = encode[data_rank, action.microbatch] * factors[action.kind] if action.stage == 0 else 0.0
-                return self.cost(action) + extra
-
-            return cost
-
-        first_experts = self.config.text.first_k_dense_replace
-        with_experts = [
-            stage
-            for stage, layers in enumerate(self.layers)
-            if request.ep > 1 and any(i >= first_experts for i in layers)
-        ]
-        timelines = simulate_replicas(
-            [self.schedule] * replicas,
-            [cost_of(data_rank) for data_rank in range(replicas)],
-            link_seconds=message_seconds(request),
-            lockstep=with_experts,
-        )
-        return max(timelines, key=lambda timeline: timeline.makespan)
+    def _stages_with_experts(self) -> list[int]:
+        """Those whose all-to-alls tie data ranks together."""
+        first = self.config.text.first_k_dense_replace
+        if self.request.ep == 1:
+            return []
+        return [stage for stage, layers in enumerate(self.layers) if any(index >= first for index in layers)]
 
     def _data_parallel_seconds(self) -> float:
         """What of the gradients' reduce-scatter and the parameters' all-gather no backward or forward hides."""
@@ -301,12 +293,17 @@ class _Planner:
             parameter_memory(expert, request.sizes.expert_data, adam=False),
             parameter_memory(vision, request.gpus if request.vision == "dep" else copies, adam=False),
         ]
+        encoder, encoder_activations, embeddings = self.encoder, 0.0, 0.0
+        if encoder is not None and request.vision == "stage0" and rank == 0:
+            encoder_activations = encoder.stage0_activations(self.schedule)
+        if encoder is not None and encoding is not None:
+            embeddings = encoder.embedding_bytes(rank, encoding)
         memory = Memory(
             weights=sum(part.weights for part in parts),
             gradients=sum(part.gradients for part in parts),
             optimizer=sum(part.optimizer for part in parts),
-            activations=peak_activations(self.schedule, rank, self._activations) + self._vision_activations(rank),
-            embeddings=self._embeddings(rank),
+            activations=peak_activations(self.schedule, rank, self._activations) + encoder_activations,
+            embeddings=embeddings,
             buffers=self._buffers(rank, encoding),
         )
         return StagePlan(
@@ -315,38 +312,10 @@ class _Planner:
 
     def _activations(self, stage: int) -> float:
         text, request = self.config.text, self.request
-        per_token = sum(sum(saved_bytes(text, index, request.recompute).values()) for index in self.layers[stage])
+        per_token = sum(
+            sum(saved_bytes(text, index, request.recompute, ep=request.ep).values()) for index in self.layers[stage]
+        )
         return per_token * request.local_tokens
-
-    def _patch_bytes(self) -> float:
-        """What the encoder keeps of a patch for its backward, in bf16."""
-        vision = self.config.vision
-        assert vision is not None
-        return 2.0 * vision.num_hidden_layers * (8 * vision.hidden_size + 2 * vision.intermediate_size)
-
-    def _vision_activations(self, rank: int) -> float:
-        """Of micro-batches in flight whose encoder runs in stage 0: as many of the fullest ones."""
-        if self.request.vision != "stage0" or rank != 0:
-            return 0.0
-        patches: defaultdict[int, int] = defaultdict(int)
-        for clip in self.media.clips:
-            patches[clip.microbatch] += clip.num_patches * (clip.data_rank == 0)
-        in_flight = round(peak_activations(self.schedule, 0, lambda stage: float(stage == 0)))
-        return sum(sorted(patches.values(), reverse=True)[:in_flight]) * self._patch_bytes()
-
-    def _embeddings(self, rank: int) -> float:
-        """Rows of media and their gradients: on their owners, and on stage 0 for the micro-batches that need them."""
-        request = self.request
-        if request.vision != "dep":
-            return 0.0
-        row = 2.0 * self.config.text.hidden_size
-        rows: defaultdict[tuple[int, int], float] = defaultdict(float)
-        for clip in self.media.clips:
-            rows[clip.home] += clip.grid[1] * clip.grid[2] / 4
-        held = sum(rows.values()) / request.gpus * row * 2
-        if rank == 0:
-            held += max(rows.values(), default=0.0) * row * (2 + _PREFETCH) / (request.tp * request.cp)
-        return held
 
     def _buffers(self, rank: int, encoding: EncodingPlan | None) -> float:
         text, request = self.config.text, self.request
@@ -354,44 +323,47 @@ class _Planner:
         total = 4.0 * exchanged if request.ep > 1 else 2.0 * exchanged  # rows out and back, of two micro-batches
         if rank == request.pp - 1:
             total += 2 * _LOGITS_ROWS * text.vocab_size * 4.0 / request.tp
-        if encoding is not None:
+        if self.encoder is not None and encoding is not None:
             largest = max((pack.num_patches for pack in encoding.packs), default=0)
-            total += largest * self._patch_bytes()
+            total += largest * self.encoder.patch_bytes()
         return total
 
     # --- together ---------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
         """The whole of it."""
-        request = self.request
-        text = self._text_timeline()
-        timeline = self._stage0_timeline() if request.vision == "stage0" else text
+        request, encoder = self.request, self.encoder
+        text = timeline = self._text_timeline()
+        if encoder is not None and request.vision == "stage0":
+            timeline = encoder.stage0_timeline(self.schedule, self.cost, self._stages_with_experts())
         seconds = {"pipeline": timeline.makespan}
         if not request.uniform:
             seconds["data_parallel"] = self._data_parallel_seconds()
             seconds["optimizer"] = max(self._optimizer_seconds(rank) for rank in range(request.pp))
         text_seconds = sum(seconds.values()) - timeline.makespan + text.makespan
-        encoding = None
-        if request.vision == "dep":
-            packs = make_packs(self.media.clips, max_patches=_MAX_PATCHES)
-            encoding = assign(packs, self.encoder, request.gpus)
-            seconds["vision"] = max(encoding.loads_R) * (1 + _RECOMPUTE_AND_BACKWARD)
+        schedule, bubble, encoding = self.schedule, timeline.bubble * timeline.makespan, None
+        if encoder is not None and request.vision == "dep":
+            encoding = assign(encoder.packs(), encoder.cost, request.gpus)
+            seconds["vision"] = max(encoding.loads_R) * (1 + RECOMPUTE_AND_BACKWARD)
             rate = self.hardware.network_bandwidth * self.hardware.link_efficiency
             if encoding.packs:
                 seconds["vision_gradients"] = 4.0 * vision_parameters(self.config) / rate
+            if (late := encoder.row_seconds() - timeline.makespan) > 0:
+                seconds["vision_rows"] = late
+            schedule, timeline = with_vision(schedule), encoder.dep_timeline(schedule, self.cost, encoding)
         step = sum(seconds.values())
         return Plan(
             request=request,
             seconds=seconds,
-            bubble=timeline.bubble * timeline.makespan / step,
+            bubble=bubble / step,
             flops_per_token=self._flops_per_token(),
             efficiency_vs_text=text_seconds / step,
             token_share=self.media.token_share,
             dep=None if encoding is None else _dep_plan(encoding, text_seconds),
             stages=tuple(self._stage_plan(rank, encoding) for rank in range(request.pp)),
             assumptions=tuple(self._assumptions()),
-            schedule=self.schedule if encoding is None else self._with_vision(),
-            timeline=timeline if encoding is None else self._dep_timeline(encoding),
+            schedule=schedule,
+            timeline=timeline,
         )
 
     def _optimizer_seconds(self, rank: int) -> float:
@@ -409,39 +381,39 @@ class _Planner:
             flops += 3.0 * sum(vision_work(vision, dim, clip.grid).flops for clip in self.media.clips) / tokens
         return flops
 
-    def _with_vision(self) -> Schedule:
-        """A VF and a VB around each rank's actions, for drawings: all of its packs as one."""
-        actions = {
-            rank: (Action(0, Kind.VISION_FORWARD, rank), *own, Action(0, Kind.VISION_BACKWARD, rank))
-            for rank, own in self.schedule.actions.items()
-        }
-        return replace(self.schedule, name=f"{self.schedule.name}+dep", actions=actions)
-
-    def _dep_timeline(self, encoding: EncodingPlan) -> Timeline:
-        per_stage = self.request.sizes.ranks_per_stage
-
-        def cost(action: Action) -> float:
-            load = encoding.loads_R[action.microbatch * per_stage] if action.kind.value in ("VF", "VB") else 0.0
-            if action.kind is Kind.VISION_FORWARD:
-                return load
-            return load * _RECOMPUTE_AND_BACKWARD if action.kind is Kind.VISION_BACKWARD else self.cost(action)
-
-        return simulate(self._with_vision(), cost, link_seconds=message_seconds(self.request))
-
     def _assumptions(self) -> list[str]:
         request = self.request
+        no_media = request.vision == "none" and request.vision_share > 0
+        unused = ["--vision none: --vision-share has no effect"] if no_media else []
         if request.uniform:
-            return ["equal stages, B = I + W = 2 F, free links: no model's costs"]
-        found = [*self.hardware.assumptions(), "tokens spread evenly over experts; sequences fill their length"]
-        overlap = "behind another micro-batch's compute" if request.schedule == "interleaved_1f1b" else "exposed"
-        found.append(f"all-to-alls in bf16, {overlap}; stage-to-stage messages travel while both ranks compute")
+            return ["equal stages, B = I + W = 2 F, free links: no model's costs", *unused]
+        found = [
+            *self.hardware.assumptions(),
+            "tokens spread evenly over experts; sequences fill their length",
+            *unused,
+        ]
+        overlap = "exposed"
+        if request.schedule == "interleaved_1f1b":
+            overlap = (
+                "behind another micro-batch's compute, as Kimi K2's schedule does; k25sys's own runtime hides them "
+                "behind shared experts and weight gradients alone"
+            )
+        found.append(f"all-to-alls in bf16, {overlap}")
+        found.append("stage-to-stage messages travel while both ranks compute")
         found.append("gradients are reduced behind the last backward, parameters gathered behind the first forward")
         found.append("optimiser: Muon with balanced owners; activations are kept in bf16 and nothing is offloaded")
+        if request.ep > 1:
+            found.append("rows that come home from experts on other ranks are kept in bf16, whatever --recompute says")
         if request.vision != "none":
             found += assumptions()
         if request.vision == "stage0":
             found.append(
                 "expert-parallel peers wait for the slowest stage 0 in every micro-batch; no recomputation of vision"
+            )
+        if request.vision == "dep":
+            found.append(
+                "rows of media travel to stage 0, and their gradients back, behind the pipeline's compute: what takes "
+                "longer is added; pixels are loaded and decoded twice, which is not charged"
             )
         return found
 

@@ -47,6 +47,8 @@ class PlanRequest:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentValueError(message("plan", f"--{name}", repr(value), "an int >= 1"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ArgumentValueError(message("plan", "--seed", repr(self.seed), "an int >= 0"))
         for name in ("vision_share", "video_share"):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if not 0 <= value <= (0.9 if name == "vision_share" else 1):
@@ -56,6 +58,9 @@ class PlanRequest:
             raise ArgumentValueError(message("plan", "--recompute", repr(self.recompute), ", ".join(RECOMPUTE)))
         if self.vision not in VISION_MODES:
             raise ArgumentValueError(message("plan", "--vision", repr(self.vision), ", ".join(VISION_MODES)))
+        if self.uniform and self.vision != "none":
+            hint = "equal stages and free links know no encoder"
+            raise ArgumentValueError(message("plan", "--vision", repr(self.vision), "none with --uniform", hint))
         self._check_division()
 
     def _check_division(self) -> None:

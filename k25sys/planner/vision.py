@@ -60,12 +60,12 @@ def draw_media(
             else:
                 share = min(0.98, float(generator.uniform(*_IMAGE_FILL)) * stretch)
                 grids = _images(generator, min(int(share * sequence), sequence - _TOKENS_LEFT), vision)
-            tokens += sum(_tokens(grid, vision) for grid in grids)
+            tokens += sum(media_tokens(grid, vision) for grid in grids)
             clips += [Clip(data_rank, microbatch, index, grid) for index, grid in enumerate(grids)]
     return DrawnMedia(tuple(clips), tokens / (data_ranks * microbatches * sequence))
 
 
-def _tokens(grid: tuple[int, int, int], vision: VisionConfig) -> int:
+def media_tokens(grid: tuple[int, int, int], vision: VisionConfig) -> int:
     """Media tokens of a clip: its frames are averaged, its patches merged."""
     merge_h, merge_w = vision.merge_kernel_size
     return grid[1] * grid[2] // (merge_h * merge_w)
@@ -74,7 +74,7 @@ def _tokens(grid: tuple[int, int, int], vision: VisionConfig) -> int:
 def _videos(generator: np.random.Generator, room: int, vision: VisionConfig) -> Sequence[tuple[int, int, int]]:
     side = int(generator.choice(VIDEO_SIDES))
     grid = (min(VIDEO_FRAMES, vision.max_frames), side, side)
-    return [grid] * (room // _tokens(grid, vision))
+    return [grid] * (room // media_tokens(grid, vision))
 
 
 def _images(generator: np.random.Generator, room: int, vision: VisionConfig) -> Sequence[tuple[int, int, int]]:
@@ -83,9 +83,9 @@ def _images(generator: np.random.Generator, room: int, vision: VisionConfig) -> 
         patches = float(np.exp(generator.normal(np.log(IMAGE_MEDIAN_PATCHES), IMAGE_SIGMA)))
         side = max(2, round(min(max(patches, IMAGE_PATCHES[0]), IMAGE_PATCHES[1]) ** 0.5 / 2) * 2)
         grid = (1, side, side)
-        room -= _tokens(grid, vision)
+        room -= media_tokens(grid, vision)
         if room < 0:
             # The last one is cut to what is left: pictures are resized to fit, sequences are not left empty.
-            left = int((room + _tokens(grid, vision)) ** 0.5) * 2
+            left = int((room + media_tokens(grid, vision)) ** 0.5) * 2
             return [*grids, (1, left, left)] if left >= 16 else grids
         grids.append(grid)
