@@ -74,6 +74,16 @@ def test_what_an_exchange_brought_home_is_kept_whatever_is_recomputed() -> None:
     assert any("come home" in line for line in make_plan(k25(microbatches=16)).assumptions)
 
 
+def test_plans_hold_what_their_expert_parallelism_keeps() -> None:
+    text, held = preset("tiny").text, {}
+    for ep in (1, 2):
+        plan = make_plan(PlanRequest(preset="tiny", gpus=2, ep=ep, sequence=64, schedule="1f1b"))
+        layers = [saved_bytes(text, index, "selective", ep=ep) for index in range(text.num_hidden_layers)]
+        held[ep] = plan.stages[0].memory.activations
+        assert held[ep] == pytest.approx(64 * sum(sum(layer.values()) for layer in layers))
+    assert held[2] > held[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "advised"),
     [
