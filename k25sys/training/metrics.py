@@ -104,7 +104,7 @@ class Wandb:
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise _missing("wandb") from error
         self._run = wandb.init(mode="offline", dir=str(folder), config=dict(config), project="k25sys")
