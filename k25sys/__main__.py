@@ -112,7 +112,7 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
     import torch
 
     from k25sys.checkpoint import load_hf, read_config
-    from k25sys.data import ByteTokenizer, TiktokenTokenizer
+    from k25sys.data import ByteTokenizer, TiktokenTokenizer, check_special_tokens
     from k25sys.models import KimiK25
     from k25sys.models.presets import preset
     from k25sys.training.weights import is_run_checkpoint, load_model
@@ -121,7 +121,7 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
         model, tokenizer = load_model(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)), ByteTokenizer()
         if arguments.tokenizer:
             tokenizer = TiktokenTokenizer(arguments.tokenizer)
-        _check_same_tokens(tokenizer, model)
+        check_special_tokens(tokenizer, model.config.tokens.named(), model.config.text.vocab_size)
         return model, tokenizer
     config = read_config(arguments.checkpoint) if arguments.checkpoint else preset(arguments.preset)
     with torch.device("meta"):
@@ -138,22 +138,8 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
     released = Path(arguments.checkpoint or "", "tiktoken.model")
     file = arguments.tokenizer or (released if arguments.checkpoint and released.is_file() else None)
     tokenizer = TiktokenTokenizer(file) if file else ByteTokenizer()
-    _check_same_tokens(tokenizer, model)
+    check_special_tokens(tokenizer, model.config.tokens.named(), model.config.text.vocab_size)
     return model, tokenizer
-
-
-def _check_same_tokens(tokenizer: "Tokenizer", model: "KimiK25") -> None:
-    from k25sys.errors import listing
-
-    wanted = model.config.tokens.named()
-    differ = [
-        f"{name} {mine}, the tokenizer's {theirs}"
-        for name, mine in wanted.items()
-        if mine != (theirs := getattr(tokenizer.special, name))
-    ]
-    if differ:
-        found = listing(differ, most=3, separator="; ")
-        raise ValueError(f"the model's special tokens are not the tokenizer's: {found}: pass the model's --tokenizer")
 
 
 def _chat(arguments: argparse.Namespace, tokenizer: "Tokenizer") -> "ChatTokens":

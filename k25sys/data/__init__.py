@@ -41,6 +41,7 @@ from k25sys.data.tokenizer import (
     SpecialTokens,
     TiktokenTokenizer,
     Tokenizer,
+    check_special_tokens,
 )
 from k25sys.data.videos import VideoInfo, preprocess_video, read_video_info
 from k25sys.special_tokens import SPECIAL_LITERALS
@@ -74,6 +75,7 @@ __all__ = [
     "UserTurn",
     "VideoInfo",
     "VideoPart",
+    "check_special_tokens",
     "hold_out",
     "image_grid",
     "parse_reply",

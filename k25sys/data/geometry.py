@@ -118,21 +118,19 @@ def image_grid(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -
 
 def plan_image(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -> ResizePlan:
     """What `preprocess_image` does to a picture of `height` x `width` pixels."""
-    return plan_resize(
-        height,
-        width,
-        max_patches=limits.image_patches,
-        side_patches=limits.side_patches,
-        padded_patches=limits.padded_patches,
-    )
+    return _plan(height, width, limits.image_patches, limits)
 
 
 def plan_frame(height: int, width: int, limits: MediaLimits = RELEASED_LIMITS) -> ResizePlan:
     """What `preprocess_video` does to a frame of `height` x `width` pixels."""
+    return _plan(height, width, limits.frame_patches, limits)
+
+
+def _plan(height: int, width: int, max_patches: int, limits: MediaLimits) -> ResizePlan:
     return plan_resize(
         height,
         width,
-        max_patches=limits.frame_patches,
+        max_patches=max_patches,
         side_patches=limits.side_patches,
         padded_patches=limits.padded_patches,
     )

@@ -1,12 +1,12 @@
 """What data sources give: documents as tokens with a loss mask, and their media as metadata, to be decoded later."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from k25sys.errors import ArgumentValueError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +87,13 @@ class Source(Protocol):
     def pixels(self, key: str) -> Tensor:
         """(t h w, 3, 14, 14) float32 of a MediaItem of this source. In any process."""
         ...
+
+
+def check_position(op: str, index: Any, length: int, epoch: Any) -> None:
+    """Raises TypeError or ValueError unless `index` is in [0, length) and `epoch` is not negative."""
+    for argument, value, end in (("index", index, length), ("epoch", epoch, None)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ArgumentTypeError(message(op, argument, f"{type(value).__name__} {value!r}", "an int"))
+        if value < 0 or (end is not None and value >= end):
+            accepted = "at least 0" if end is None else f"0 to {end - 1}"
+            raise ArgumentValueError(message(op, argument, value, accepted))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from k25sys.data.sample import Sample, Source
+from k25sys.data.sample import Sample, Source, check_position
 from k25sys.errors import ArgumentValueError, message
 
 
@@ -40,8 +40,7 @@ class Subset:
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Document `index` of the part."""
-        if not 0 <= index < self._length:
-            raise ArgumentValueError(message("Subset", "index", index, f"0 to {self._length - 1}"))
+        check_position("Subset", index, self._length, epoch)
         place = index + index // (self._stride - 1) if self._rest else index * self._stride + self._stride - 1
         sample = self._source.sample(place, epoch)
         return replace(sample, media=tuple(replace(item, source=self._name) for item in sample.media))

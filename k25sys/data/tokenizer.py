@@ -8,13 +8,13 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, FileFormatError, OptionalPackageError, message
+from k25sys.errors import ArgumentTypeError, ArgumentValueError, FileFormatError, OptionalPackageError, listing, message
 from k25sys.special_tokens import (
     NUM_RESERVED,
     RELEASED_SPECIAL_IDS,
@@ -54,6 +54,7 @@ _PIECES = "|".join(
     )
 )
 # The released tokenizer encodes no more at a time: longer runs exhaust the stack of tiktoken's regular expressions.
+_OWN_VOCABULARY = "give the model's own vocabulary: --tokenizer FILE, or --set data.tokenizer=FILE"
 _MOST_CHARACTERS = 400_000
 _LONGEST_RUN = 25_000
 
@@ -78,6 +79,28 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens as their literals; bytes that are no UTF-8 become U+FFFD."""
         ...
+
+
+def check_special_tokens(tokenizer: Tokenizer, wanted: Mapping[str, int], vocab_size: int) -> None:
+    """That a tokenizer writes what a model reads.
+
+    Args:
+        wanted: the model's special tokens by their names in SpecialTokens; those that it has.
+        vocab_size: of the model's table, which may be longer than the tokenizer's vocabulary.
+
+    Raises:
+        ArgumentValueError: with the tokens that differ.
+    """
+    differ = [
+        f"{name} {token}, the tokenizer's {theirs}"
+        for name, token in wanted.items()
+        if token != (theirs := getattr(tokenizer.special, name))
+    ]
+    if tokenizer.vocab_size > vocab_size:
+        differ.append(f"a table of {vocab_size}, the tokenizer's vocabulary is {tokenizer.vocab_size}")
+    if differ:
+        got = f"the model's {listing(differ, most=3, separator='; ')}"
+        raise ArgumentValueError(message("tokenizer", "special tokens", got, "the same", _OWN_VOCABULARY))
 
 
 class ByteTokenizer:

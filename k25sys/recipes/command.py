@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer
-from k25sys.errors import ArgumentValueError, message
-from k25sys.models import KimiK25Config
+from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer, check_special_tokens
+from k25sys.models import KimiK25, KimiK25Config
 from k25sys.parallel import RankGrid
 from k25sys.parallel.faults import Monitor
 from k25sys.planner.plan import make_plan
@@ -109,19 +108,12 @@ def _monitor(rank: int, world_size: int) -> Monitor:
 
 def _tokenizer(config: RunConfig, model_config: KimiK25Config) -> Tokenizer:
     tokenizer = ByteTokenizer() if config.data.tokenizer is None else TiktokenTokenizer(config.data.tokenizer)
-    named = model_config.tokens.named()
-    differ = [name for name, token in named.items() if getattr(tokenizer.special, name) != token]
-    if differ or tokenizer.vocab_size > model_config.text.vocab_size:
-        got = config.data.tokenizer or "bytes"
-        accepted = f"the vocabulary of {config.preset}"
-        raise ArgumentValueError(message("run", "data.tokenizer", got, accepted, "its special tokens differ"))
+    check_special_tokens(tokenizer, model_config.tokens.named(), model_config.text.vocab_size)
     return tokenizer
 
 
 def _bytes_needed(config: RunConfig, model_config: KimiK25Config) -> float:
     """Weights, gradients and state of all ranks of this machine, roughly: what decides whether a run can begin."""
-    from k25sys.models import KimiK25
-
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in KimiK25(model_config).parameters())
     ranks, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -150,7 +150,7 @@ class Trainer:
         """Trains, reports, and tells whether a rank was asked to stop."""
         parts, start = self.parts, time.perf_counter()
         batch = parts.batches.make(parts.loader.next_step())
-        rate = parts.schedule.learning_rate(step)
+        rate = parts.rates.learning_rate(step)
         read = time.perf_counter()
         profiled = step == self.config.report.profile_step
         with profile(self.output, self.grid.rank, step) if profiled else nullcontext():

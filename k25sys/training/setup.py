@@ -38,7 +38,8 @@ class Parts:
     model: ParallelModel
     optimizer: ZeroOptimizer
     step: TrainStep
-    schedule: WSD
+    rates: WSD
+    """Learning rates by step."""
     batches: BatchMaker
     loader: Loader
     validation: Mapping[str, tuple[tuple[PackedSequence, ...], ...]]
@@ -102,7 +103,7 @@ def build(
         decay_steps=optimizer_options.decay_steps,
     )  # fmt: skip
     return Parts(
-        model_config=model_config, model=model, optimizer=optimizer, step=step, schedule=rates, batches=batches,
+        model_config=model_config, model=model, optimizer=optimizer, step=step, rates=rates, batches=batches,
         loader=_loader(config, model_config, mixture, own),
         validation={name: _first_batches(config, model_config, each, own) for name, each in held_out.items()},
     )  # fmt: skip

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from k25sys.data import RELEASED_SPECIAL_TOKENS, SPECIAL_LITERALS, ByteTokenizer, TiktokenTokenizer, Tokenizer
+from k25sys.data import (
+    RELEASED_SPECIAL_TOKENS,
+    SPECIAL_LITERALS,
+    ByteTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    check_special_tokens,
+)
 from k25sys.data.tokenizer import _parts
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, FileFormatError, OptionalPackageError
 
@@ -181,3 +188,14 @@ def test_without_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(OptionalPackageError, match=r"tiktoken.*pip install.*ByteTokenizer"):
         TiktokenTokenizer("tiktoken.model")
+
+
+def test_a_tokenizer_must_write_what_the_model_reads() -> None:
+    tokenizer = ByteTokenizer()
+    named = {"pad": tokenizer.special.pad, "eos": tokenizer.special.eos}
+    check_special_tokens(tokenizer, named, tokenizer.vocab_size)
+    check_special_tokens(tokenizer, {}, 10**6)
+    with pytest.raises(ArgumentValueError, match=r"got the model's eos 3, the tokenizer's 257, accepted the same"):
+        check_special_tokens(tokenizer, {**named, "eos": 3}, tokenizer.vocab_size)
+    with pytest.raises(ArgumentValueError, match="a table of 278, the tokenizer's vocabulary is 279"):
+        check_special_tokens(tokenizer, named, tokenizer.vocab_size - 1)

@@ -39,7 +39,7 @@ class ToySource:
         return Sample(ids_S=ids_S, loss_S=(ids_S != MEDIA_PAD) & (np.arange(length) % 5 != 3), media=media)
 
     def pixels(self, key: str) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError(f"streams decode nothing, and ask for {key}")
 
 
 class BrokenSource(ToySource):

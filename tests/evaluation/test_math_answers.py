@@ -100,8 +100,8 @@ def test_no_reply_is_an_error(reply: str) -> None:
 def test_degenerate_replies_end(piece: str) -> None:
     """Quadratic reading of these would take hours."""
     reply = piece * (200_000 // len(piece)) + "1"
-    numeric_equal(reply, "7")
-    math_equal(reply, "(7, x)")
-    choice_letter(reply, 4)
-    markdown_table(reply)
+    assert not numeric_equal(reply, "7")
+    assert not math_equal(reply, "(7, x)")
+    assert choice_letter(reply, 4) in (None, "A")
+    assert markdown_table(reply) == []
     read_boxes(reply)

@@ -14,7 +14,7 @@ from k25sys.data.drawn.writing import draw_writing
 from k25sys.data.geometry import CELL, MERGE
 from k25sys.data.images import normalised_patches
 from k25sys.data.media_text import image_tokens
-from k25sys.data.sample import MediaItem, Sample
+from k25sys.data.sample import MediaItem, Sample, check_position
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
 
@@ -126,8 +126,7 @@ class DrawnPictures:
         return self._augmentation.kept_area if self._augmentation else 1.0
 
     def _drawn(self, index: int, epoch: int) -> tuple[Drawing, AugmentationPlan | None]:
-        _check_int("DrawnPictures", "index", index, 0, self._length)
-        _check_int("DrawnPictures", "epoch", epoch, 0, None)
+        check_position("DrawnPictures", index, self._length, epoch)
         drawing = self._draw(int(index))
         if self._augmentation is None:
             return drawing, None

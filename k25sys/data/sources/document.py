@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from k25sys.data.media_text import clip_tokens
 from k25sys.data.sample import MediaItem, Sample
 from k25sys.data.tokenizer import Tokenizer
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +60,3 @@ def document(parts: Iterable[str | GivenText | Clip], tokenizer: Tokenizer) -> S
     flush()
     append([tokenizer.special.eos], True)
     return Sample(ids_S=np.array(ids, np.int64), loss_S=np.array(loss, np.bool_), media=tuple(media))
-
-
-def check_position(op: str, index: Any, length: int, epoch: Any) -> None:
-    """Raises TypeError or ValueError unless `index` is in [0, length) and `epoch` is not negative."""
-    for argument, value, end in (("index", index, length), ("epoch", epoch, None)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ArgumentTypeError(message(op, argument, f"{type(value).__name__} {value!r}", "an int"))
-        if value < 0 or (end is not None and value >= end):
-            accepted = "at least 0" if end is None else f"0 to {end - 1}"
-            raise ArgumentValueError(message(op, argument, value, accepted))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from k25sys.data.augmentation import Augmentation, mentions_sides
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
-from k25sys.data.sample import Sample
-from k25sys.data.sources.document import Clip, GivenText, check_position, document
+from k25sys.data.sample import Sample, check_position
+from k25sys.data.sources.document import Clip, GivenText, document
 from k25sys.data.sources.media import MediaFiles
 from k25sys.data.sources.records import (
     ConvertedRecords,

@@ -51,6 +51,7 @@ class JsonRecords:
                     self._starts.append(start)
                     self._numbers.append(number)
                 start += len(line)
+        self._size = start
         if not self._starts:
             raise FileFormatError(message("JsonRecords", repr(str(self.path)), "no lines", "one JSON object a line"))
 
@@ -65,9 +66,12 @@ class JsonRecords:
         """The object of record `index`.
 
         Raises:
-            ValueError: the line is no UTF-8, no JSON or no object.
+            ValueError: the line is no UTF-8, no JSON or no object, or the file has changed.
         """
         with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size != self._size:
+                got, accepted = "a file of another size than before", "one that does not change"
+                raise FileFormatError(message("JsonRecords", repr(str(self.path)), got, accepted))
             file.seek(self._starts[index])
             line = file.readline()
         return parse_object(line, self.where(index))

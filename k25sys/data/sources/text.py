@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from k25sys.data.sample import Sample
-from k25sys.data.sources.document import GivenText, check_position, document
+from k25sys.data.sample import Sample, check_position
+from k25sys.data.sources.document import GivenText, document
 from k25sys.data.sources.records import ConvertedRecords, JsonRecords, read_parts
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import ArgumentValueError, FileFormatError, listing, message

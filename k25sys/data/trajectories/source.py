@@ -2,18 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from k25sys.data.chat import AssistantTurn, SystemTurn, ToolCall, ToolTurn, Turn, UserTurn, render_chat
-from k25sys.data.sample import Sample
+from k25sys.data.sample import Sample, check_position
+from k25sys.data.sources.records import ConvertedRecords, JsonRecords, place
+from k25sys.data.sources.text import TextDocuments
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.data.trajectories.generate import write_conversations
-from k25sys.errors import ArgumentTypeError, ArgumentValueError, ChatFormatError, FileFormatError, message
+from k25sys.errors import ChatFormatError, FileFormatError, message
 
 _KEYS: Mapping[str, frozenset[str]] = {
     "system": frozenset({"role", "content", "name"}),
@@ -23,7 +24,7 @@ _KEYS: Mapping[str, frozenset[str]] = {
 }
 
 
-class ConversationSource:
+class ConversationSource(TextDocuments):
     """Conversations of a JSONL file: one a line, {"messages": [...], "tools": [...]} as OpenAI's chat API has them.
 
     Messages have the roles system, user, assistant (with reasoning_content and tool_calls) and tool (with
@@ -38,35 +39,12 @@ class ConversationSource:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError (FileFormatError): it has no conversations.
+        ValueError (FileFormatError): it has no lines.
     """
 
     def __init__(self, file: str | os.PathLike[str], tokenizer: Tokenizer, *, name: str | None = None) -> None:
-        self._file, self._tokenizer = Path(file), tokenizer
-        self._name = self._file.stem if name is None else name
-        lines: list[tuple[int, int, int]] = []
-        offset = 0
-        with open(self._file, "rb") as content:
-            for number, line in enumerate(content, 1):
-                if line.strip():
-                    lines.append((number, offset, len(line)))
-                offset += len(line)
-        if not lines:
-            raise FileFormatError(message("ConversationSource", repr(str(file)), "no conversations", "one a line"))
-        self._lines_N3, self._size = np.array(lines, np.int64), offset
-
-    @property
-    def name(self) -> str:
-        """Unique within a mixture."""
-        return self._name
-
-    @property
-    def has_media(self) -> bool:
-        """False."""
-        return False
-
-    def __len__(self) -> int:
-        return len(self._lines_N3)
+        documents: Sequence[Any] = ConvertedRecords(JsonRecords(file), _conversation)
+        super().__init__(Path(file).stem if name is None else name, tokenizer, documents)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Conversation `index`, the same in each epoch.
@@ -76,32 +54,14 @@ class ConversationSource:
                 it is no conversation, has no assistant's message, or has something else than text.
             OSError: the file cannot be read any more.
         """
-        for argument, value, end in (("index", index, len(self)), ("epoch", epoch, None)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise ArgumentTypeError(message("ConversationSource", argument, type(value).__name__, "an int"))
-            if value < 0 or (end is not None and value >= end):
-                accepted = "at least 0" if end is None else f"0 to {end - 1}"
-                raise ArgumentValueError(message("ConversationSource", argument, value, accepted))
-        number, offset, length = self._lines_N3[index].tolist()
-        with open(self._file, "rb") as content:
-            if os.fstat(content.fileno()).st_size != self._size:
-                got, accepted = "a file of another size than before", "one that does not change"
-                raise FileFormatError(message("ConversationSource", repr(str(self._file)), got, accepted))
-            content.seek(offset)
-            line = content.read(length)
+        check_position("ConversationSource", index, len(self), epoch)
+        conversation: Any = self._documents[int(index)]
+        turns, tools = conversation
         try:
-            turns, tools = _conversation(json.loads(line))
             chat = render_chat(turns, self._tokenizer, tools=tools)
         except (ValueError, TypeError, RecursionError) as error:
-            where = f"{str(self._file)!r} line {number}"
-            raise FileFormatError(message("ConversationSource", where, str(error), "a conversation")) from error
+            raise _refused(place(self._documents, self.name, int(index)), error) from error
         return Sample(ids_S=np.array(chat.token_ids, np.int64), loss_S=np.array(chat.loss_mask, bool))
-
-    def pixels(self, key: str) -> Tensor:
-        """Raises ValueError: there are none."""
-        raise ArgumentValueError(
-            message("ConversationSource.pixels", "key", repr(key), "no key: this source is text only")
-        )
 
 
 def generated_conversations(
@@ -133,14 +93,29 @@ def generated_conversations(
     return source
 
 
-def _conversation(record: Any) -> tuple[list[Turn], Any]:
-    """Turns and tools of a line. Raises ValueError for what is no conversation."""
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list):
-        raise ChatFormatError('no {"messages": [...]}')
+def _conversation(record: dict[str, Any], where: str) -> tuple[list[Turn], Any]:
+    """Turns and tools of a line. Raises FileFormatError for what is no conversation."""
+    try:
+        return _turns(record), _tools(record)
+    except ValueError as error:
+        raise _refused(where, error) from error
+
+
+def _refused(where: str, error: Exception) -> FileFormatError:
+    return FileFormatError(message("ConversationSource", where, str(error), "a conversation"))
+
+
+def _tools(record: dict[str, Any]) -> Any:
     tools = record.get("tools") or ()
     if not isinstance(tools, (str, list, tuple)) or not all(isinstance(tool, (str, dict)) for tool in tools):
         raise ChatFormatError("tools: neither a list of declarations nor a text")
+    return tools
+
+
+def _turns(record: dict[str, Any]) -> list[Turn]:
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        raise ChatFormatError('no {"messages": [...]}')
     turns, calls = [], {}
     for i, entry in enumerate(messages):
         try:
@@ -149,7 +124,7 @@ def _conversation(record: Any) -> tuple[list[Turn], Any]:
             raise ChatFormatError(f"messages[{i}]: {error}") from error
     if not any(isinstance(turn, AssistantTurn) for turn in turns):
         raise ChatFormatError("messages: none of the assistant, nothing to learn")
-    return turns, tools
+    return turns
 
 
 def _turn(entry: Any, calls: dict[str, ToolCall]) -> Turn:

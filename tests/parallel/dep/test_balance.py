@@ -3,13 +3,13 @@
 import itertools
 import random
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from k25sys.errors import ArgumentValueError
 from k25sys.parallel.dep.balance import Clip, EncoderCost, Pack, assign, make_packs
+from perf.bench_dep import drawn_step
 
 MOONVIT = EncoderCost.from_sizes(dim=1152, mlp_dim=4304, num_layers=27)
 
@@ -21,19 +21,6 @@ def clips(draw: st.DrawFn, most: int = 40) -> list[Clip]:
         st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 9)), max_size=most, unique=True)
     )
     return [Clip(*place, (draw(st.integers(1, 4)), draw(side), draw(side))) for place in places]
-
-
-def drawn_batch(seed: int) -> tuple[list[Clip], int]:
-    """A step as training sees it: lognormal image sizes, 15% videos, 2 to 32 clips for each of 4 to 256 ranks."""
-    generator = np.random.default_rng(seed)
-    num_ranks = int(generator.choice([4, 8, 16, 32, 64, 128, 256]))
-    made = []
-    for number in range(num_ranks * int(generator.integers(2, 33))):
-        patches = min(max(float(np.exp(generator.normal(np.log(1600), 0.9))), 64.0), 16384.0)
-        side = max(2, int(patches**0.5 / 2) * 2)
-        frames = 4 if generator.random() < 0.15 else 1
-        made.append(Clip(number % num_ranks, number // num_ranks // 4, number // num_ranks, (frames, side, side)))
-    return made, num_ranks
 
 
 @given(clips(), st.integers(1, 3000))
@@ -77,7 +64,7 @@ def test_bound_is_below_the_best_of_all_assignments(made: list[Clip], num_ranks:
 def test_loads_of_drawn_batches_are_within_2_percent_of_the_bound() -> None:
     within = 0
     for seed in range(200):
-        made, num_ranks = drawn_batch(seed)
+        made, num_ranks = drawn_step(seed)
         within += assign(make_packs(made, max_patches=4096), MOONVIT, num_ranks).over_lower_bound <= 1.02
     assert within >= 190, within
 
