@@ -80,7 +80,8 @@ def test_a_tokenizer_beside_the_weights_is_used_and_must_have_the_models_tokens(
     assert generate(monkeypatch, "--checkpoint", str(tmp_path / "fitting")) == 0
     assert generate(monkeypatch, "--checkpoint", str(tmp_path / "one_off")) == 1
     error = capsys.readouterr().err
-    assert f"not the tokenizer's: end_think 511, the tokenizer's {special.end_think}: pass" in error
+    differ = f"got the model's end_think 511, the tokenizer's {special.end_think}, accepted the same; give"
+    assert f"{differ} the model's own vocabulary: --tokenizer FILE" in error
 
 
 @pytest.mark.parametrize(

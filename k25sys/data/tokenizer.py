@@ -53,8 +53,8 @@ _PIECES = "|".join(
         r"\s+",
     )
 )
-# The released tokenizer encodes no more at a time: longer runs exhaust the stack of tiktoken's regular expressions.
 _OWN_VOCABULARY = "give the model's own vocabulary: --tokenizer FILE, or --set data.tokenizer=FILE"
+# The released tokenizer encodes no more at a time: longer runs exhaust the stack of tiktoken's regular expressions.
 _MOST_CHARACTERS = 400_000
 _LONGEST_RUN = 25_000
 
