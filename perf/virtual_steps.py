@@ -212,7 +212,8 @@ def _decoupled(
         return media_consumers(batches[number], media_pad, grid, first)
 
     def run() -> _Ran:
-        plan = encoder.begin(pixels, consumers, pixels.__getitem__)
+        plan = encoder.plan(pixels)
+        encoder.begin(plan, consumers, pixels.__getitem__)
         fed = [replace(batch, pixel_values=None, media=encoder.media(m)) for m, batch in enumerate(batches)]
         schedule = encoder.schedule(runtime.schedule)
         runtime.step(fed, schedule=schedule, hooks=encoder.hooks())

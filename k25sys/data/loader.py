@@ -50,7 +50,7 @@ class Loader:
         if workers < 0:
             raise ArgumentValueError(message("Loader", "workers", workers, ">= 0"))
         self._streams = list(streams)
-        self._num_workers = min(workers, len(numbers))
+        self.num_workers = min(workers, len(numbers))
         self._states = [stream.state() for stream in streams]
         self._are_ahead = False
         self._workers: _Workers | None = None
@@ -64,8 +64,8 @@ class Loader:
         """
         try:
             self._rewind()
-            self._are_ahead = self._num_workers == 0
-            read = self._from_workers() if self._num_workers else [_read(stream) for stream in self._streams]
+            self._are_ahead = self.num_workers == 0
+            read = self._from_workers() if self.num_workers else [_read(stream) for stream in self._streams]
         except BaseException:
             self.close()
             raise
@@ -109,9 +109,9 @@ class Loader:
 
     def _from_workers(self) -> list[_Read]:
         if self._workers is None:
-            self._workers = _Workers(self, self._streams, self._num_workers)
+            self._workers = _Workers(self, self._streams, self.num_workers)
         parts = self._workers.next_step()
-        return [parts[i % self._num_workers][i // self._num_workers] for i in range(len(self._streams))]
+        return [parts[i % self.num_workers][i // self.num_workers] for i in range(len(self._streams))]
 
 
 class _Workers:

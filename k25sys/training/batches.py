@@ -1,23 +1,21 @@
 """Packed sequences of a step as the micro-batches of this rank, with the media of all ranks as metadata."""
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k25sys.data import MediaItem, PackedSequence, Source
+from k25sys.data import MediaItem, PackedSequence
 from k25sys.errors import GridError, message
-from k25sys.parallel.dep import Clip
+from k25sys.parallel.dep import Clip, EncodingPlan
 from k25sys.parallel.grid import RankGrid
 from k25sys.training.microbatch import MicroBatch
+from k25sys.training.pixels import PixelCache
 from k25sys.training.stage import media_consumers
 from k25sys.training.step import StepMedia
-
-_CACHE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +23,9 @@ class StepBatch:
     """What this rank trains on in a step."""
 
     microbatches: list[MicroBatch]
+    """Without pixels before `BatchMaker.load`, and with a decoupled encoder."""
+    encoded_here: tuple[MediaItem, ...]
+    """What this rank's encoder takes: of its own micro-batches in order on stage 0, or whatever it owns."""
     media: StepMedia | None
     """With a decoupled encoder."""
     num_tokens: int
@@ -48,58 +49,40 @@ class _About:
     tokens_by_source: dict[str, int]
 
 
-class PixelCache:
-    """Pixels that were decoded lately, up to a number of bytes: a decoupled encoder needs each clip twice in a step,
-    and small corpora show the same pictures again and again."""
-
-    def __init__(self, sources: Mapping[str, Source], most_bytes: int = _CACHE_BYTES) -> None:
-        self._sources, self._most, self._bytes = dict(sources), most_bytes, 0
-        self._held: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
-
-    def pixels(self, item: MediaItem) -> Tensor:
-        """(t h w, 3, patch, patch) float32; not to be written into."""
-        place = (item.source, item.key)
-        if place in self._held:
-            self._held.move_to_end(place)
-            return self._held[place]
-        pixels = self._sources[item.source].pixels(item.key)
-        self._held[place] = pixels
-        self._bytes += pixels.nbytes
-        while self._bytes > self._most and len(self._held) > 1:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return pixels
-
-
 class BatchMaker:
     """Makes the batches of every step.
 
     Args:
-        sources: every source of the mixture, by name: any rank may have to decode any picture.
+        pixels: of every source of the mixture: any rank may have to decode any picture.
         grid: of all ranks.
         microbatches: of each data rank; its sequences are divided among them, in order.
         media_pad: the token in place of embeddings.
-        decoupled: whether the ranks that own clips load their pixels, rather than stage 0.
+        plan: of a decoupled encoder, who encodes which clips of a step; None: stage 0 encodes its own.
         dtype: of pixels.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Source],
+        pixels: PixelCache,
         grid: RankGrid,
         *,
         microbatches: int,
         media_pad: int | None,
-        decoupled: bool,
+        plan: Callable[[Sequence[Clip]], EncodingPlan] | None,
         dtype: torch.dtype,
     ) -> None:
-        self._cache, self.grid, self.num_microbatches = PixelCache(sources), grid, microbatches
-        self.media_pad, self.decoupled, self.dtype = media_pad, decoupled, dtype
+        self.pixels, self.grid, self.num_microbatches = pixels, grid, microbatches
+        self.media_pad, self.plan, self.dtype = media_pad, plan, dtype
         self._first_rank = {
             grid.sizes.coordinate(rank, "data"): rank for rank in reversed(range(grid.sizes.ranks_per_stage))
         }
 
     def make(self, sequences: Sequence[PackedSequence]) -> StepBatch:
-        """This data rank's sequences as micro-batches. Collective over "data".
+        """`describe`, then `load`."""
+        return self.load(self.describe(sequences))
+
+    def describe(self, sequences: Sequence[PackedSequence]) -> StepBatch:
+        """This data rank's sequences as micro-batches, all but the pixels. Collective over "data".
 
         Raises:
             GridError: sequences that the micro-batches do not divide.
@@ -113,16 +96,16 @@ class BatchMaker:
         flat = [about for abouts in everyone for about in abouts]
         loss_tokens = sum(about.loss_tokens for about in flat)
         own = everyone[self.grid.index("data")]
-        batches = [
-            self._microbatch(group, about, max(1, loss_tokens)) for group, about in zip(groups, own, strict=True)
-        ]
+        batches = [_microbatch(group, about, max(1, loss_tokens)) for group, about in zip(groups, own, strict=True)]
+        media, encoded_here = self._media(everyone)
         tokens: dict[str, int] = {}
         for about in flat:
             for name, count in about.tokens_by_source.items():
                 tokens[name] = tokens.get(name, 0) + count
         return StepBatch(
             microbatches=batches,
-            media=self._media(everyone) if self.decoupled else None,
+            encoded_here=encoded_here,
+            media=media,
             num_tokens=sum(about.cu_seqlens[-1] for about in flat),
             loss_tokens=loss_tokens,
             patches=sum(item.num_patches for about in flat for item in about.items),
@@ -152,23 +135,10 @@ class BatchMaker:
         dist.all_gather_object(everyone, own, group=group)
         return everyone
 
-    def _microbatch(self, group: Sequence[PackedSequence], about: _About, normalizer: float) -> MicroBatch:
-        encodes_here = not self.decoupled and self.grid.index("pipeline") == 0 and about.items
-        pixels = torch.cat([self._pixels(item) for item in about.items]) if encodes_here else None
-        return MicroBatch(
-            input_ids_T=torch.cat([sequence.input_ids_T for sequence in group]),
-            targets_T=torch.cat([sequence.targets_T for sequence in group]),
-            loss_mask_T=torch.cat([sequence.loss_mask_T for sequence in group]),
-            cu_seqlens=about.cu_seqlens,
-            normalizer=float(normalizer),
-            pixel_values=pixels,
-            grid_thw=torch.tensor([item.grid for item in about.items]) if about.items else None,
-        )
-
-    def _pixels(self, item: MediaItem) -> Tensor:
-        return self._cache.pixels(item).to(self.dtype)
-
-    def _media(self, everyone: list[list[_About]]) -> StepMedia:
+    def _media(self, everyone: list[list[_About]]) -> tuple[StepMedia | None, tuple[MediaItem, ...]]:
+        if self.plan is None:
+            own = everyone[self.grid.index("data")] if self.grid.index("pipeline") == 0 else []
+            return None, tuple(item for about in own for item in about.items)
         items = {
             Clip(data, number, index, item.grid): item
             for data, abouts in enumerate(everyone)
@@ -181,9 +151,34 @@ class BatchMaker:
             skeleton = _skeleton(everyone[data][number], self.media_pad)
             return media_consumers(skeleton, self.media_pad, self.grid, self._first_rank[data])
 
-        return StepMedia(
-            clips=tuple(items), consumers=consumers, load_pixels=lambda clip: self._pixels(items[clip])
-        )  # fmt: skip
+        plan = self.plan(tuple(items))
+        media = StepMedia(plan=plan, consumers=consumers, load_pixels=lambda clip: self._pixels(items[clip]))
+        return media, tuple(items[clip] for pack in plan.packs_of(self.grid.rank) for clip in pack.clips)
+
+    def load(self, batch: StepBatch) -> StepBatch:
+        """With the pixels that stage 0 encodes, where it does and this rank is of it. Raises what decoding raises."""
+        if batch.media is not None or not batch.encoded_here:
+            return batch
+        items, microbatches = iter(batch.encoded_here), list(batch.microbatches)
+        for number, each in enumerate(microbatches):
+            if each.grid_thw is not None:
+                pixels = torch.cat([self._pixels(next(items)) for _ in range(len(each.grid_thw))])
+                microbatches[number] = replace(each, pixel_values=pixels)
+        return replace(batch, microbatches=microbatches)
+
+    def _pixels(self, item: MediaItem) -> Tensor:
+        return self.pixels.get(item).to(self.dtype)
+
+
+def _microbatch(group: Sequence[PackedSequence], about: _About, normalizer: float) -> MicroBatch:
+    return MicroBatch(
+        input_ids_T=torch.cat([sequence.input_ids_T for sequence in group]),
+        targets_T=torch.cat([sequence.targets_T for sequence in group]),
+        loss_mask_T=torch.cat([sequence.loss_mask_T for sequence in group]),
+        cu_seqlens=about.cu_seqlens,
+        normalizer=float(normalizer),
+        grid_thw=torch.tensor([item.grid for item in about.items]) if about.items else None,
+    )
 
 
 def _runs(mask_T: Tensor) -> tuple[tuple[int, int], ...]:

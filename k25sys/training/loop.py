@@ -110,7 +110,7 @@ class Trainer:
             signal.signal(signal.SIGTERM, previous)
             for writer in writers:
                 writer.close()
-            self.parts.loader.close()
+            self.parts.reader.close()
 
     # --- beginning --------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Trainer:
         if changed:
             accepted = "the values that the run began with"
             raise ConfigError(message("run", "--resume", listing(changed), accepted, "or start another --output"))
-        parts.loader.restore(loaded.extra["data"])
+        parts.reader.restore(loaded.extra["data"])
         return loaded.step
 
     def _writers(self, done: int) -> list[Writer]:
@@ -149,7 +149,7 @@ class Trainer:
     def _one_step(self, step: int, writers: list[Writer]) -> bool:
         """Trains, reports, and tells whether a rank was asked to stop."""
         parts, start = self.parts, time.perf_counter()
-        batch = parts.batches.make(parts.loader.next_step())
+        batch = parts.reader.next_step(self.config.steps - step)
         rate = parts.rates.learning_rate(step)
         read = time.perf_counter()
         profiled = step == self.config.report.profile_step
@@ -227,11 +227,11 @@ class Trainer:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def _save(self, step: int) -> None:
-        states: list[dict[str, Any]] = [self.parts.loader.state()]
+        states: list[dict[str, Any]] = [self.parts.reader.state()]
         group = self.grid.group("data")
         if group is not None:
             states *= self.grid.size("data")
-            dist.all_gather_object(states, self.parts.loader.state(), group=group)
+            dist.all_gather_object(states, self.parts.reader.state(), group=group)
         extra = {"data": {k: v for state in states for k, v in state.items()}, "config": self.config.to_json()}
         self.checkpoints.save(step, self.parts.model, self.parts.optimizer, extra)
 

@@ -25,6 +25,8 @@ from k25sys.training.batches import BatchMaker
 from k25sys.training.config import RunConfig
 from k25sys.training.microbatch import MicroBatch
 from k25sys.training.parallelize import ParallelModel, ParallelOptions, parallelize
+from k25sys.training.pixels import PixelCache
+from k25sys.training.reading import SourceThread, StepReader
 from k25sys.training.step import TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,8 +42,9 @@ class Parts:
     step: TrainStep
     rates: WSD
     """Learning rates by step."""
+    reader: StepReader
     batches: BatchMaker
-    loader: Loader
+    """Of the reader, and for `validation`."""
     validation: Mapping[str, tuple[tuple[PackedSequence, ...], ...]]
     """By kind, this data rank's sequences of each batch."""
 
@@ -85,16 +88,17 @@ def build(
     runtime: PipelineRuntime[MicroBatch] = PipelineRuntime(
         lower(schedule), model.stages, grid, weight_grads=model.weight_grads, monitor=monitor, recorder=recorder
     )
+    encoder = _encoder(config, model_config, model, grid) if decoupled else None
     step = TrainStep(
-        model, runtime, optimizer, grid, balancer=_balancer(config, model, grid),
-        decoupled=_encoder(config, model_config, model, grid) if decoupled else None,
+        model, runtime, optimizer, grid, balancer=_balancer(config, model, grid), decoupled=encoder
     )  # fmt: skip
     tokens = model_config.tokens
     held_out = validation if validation is not None and config.validation.every is not None else {}
     sources = {mixed.name: mixed.source for each in (mixture, *held_out.values()) for mixed in each.sources}
+    thread = SourceThread()
     batches = BatchMaker(
-        sources, grid, microbatches=microbatches,
-        media_pad=tokens.media_pad, decoupled=decoupled, dtype=dtype,
+        PixelCache(sources, thread), grid, microbatches=microbatches, media_pad=tokens.media_pad,
+        plan=None if encoder is None else encoder.plan, dtype=dtype,
     )  # fmt: skip
     optimizer_options = config.optimizer
     rates = WSD(
@@ -104,7 +108,7 @@ def build(
     )  # fmt: skip
     return Parts(
         model_config=model_config, model=model, optimizer=optimizer, step=step, rates=rates, batches=batches,
-        loader=_loader(config, model_config, mixture, own),
+        reader=StepReader(_loader(config, model_config, mixture, own), batches, thread),
         validation={name: _first_batches(config, model_config, each, own) for name, each in held_out.items()},
     )  # fmt: skip
 

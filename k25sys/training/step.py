@@ -22,7 +22,8 @@ from k25sys.training.parallelize import ParallelModel
 class StepMedia:
     """The media of a whole step as metadata, for a decoupled encoder: the same on every rank, but for the pixels."""
 
-    clips: tuple[Clip, ...]
+    plan: EncodingPlan
+    """See DecoupledEncoder.plan."""
     consumers: Callable[[int, int], Tensor]
     """See DecoupledEncoder.begin, and stage.media_consumers."""
     load_pixels: Callable[[Clip], Tensor]
@@ -139,7 +140,7 @@ class TrainStep:
             result = self.runtime.step(microbatches, forward_only=not train)
             return result.losses, self._patches_of_stage0(microbatches), None
         assert media is not None, "a decoupled encoder needs the step's media"
-        encoding = self.decoupled.begin(media.clips, media.consumers, media.load_pixels, train=train)
+        self.decoupled.begin(media.plan, media.consumers, media.load_pixels, train=train)
         fed = [
             replace(batch, pixel_values=None, media=self.decoupled.media(number))
             for number, batch in enumerate(microbatches)
@@ -147,7 +148,7 @@ class TrainStep:
         schedule = self.decoupled.schedule(self.runtime.schedule)
         result = self.runtime.step(fed, forward_only=not train, schedule=schedule, hooks=self.decoupled.hooks())
         self.decoupled.finish()
-        return result.losses, sum(pack.num_patches for pack in encoding.packs_of(self.grid.rank)), encoding
+        return result.losses, sum(pack.num_patches for pack in media.plan.packs_of(self.grid.rank)), media.plan
 
     def _patches_of_stage0(self, microbatches: Sequence[MicroBatch]) -> int:
         if 0 not in self.model.stages:

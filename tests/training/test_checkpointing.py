@@ -56,7 +56,7 @@ class Run:
     def train(self, step: int) -> float:
         """On the same sequences, however many data ranks have them."""
         batches = make_microbatches(data_ranks=self.case.sizes.data, per_rank=self.per_rank, dtype=DTYPE, seed=step)
-        media = media_of(batches, self.grid) if self.step.decoupled else None
+        media = media_of(batches, self.grid, self.step.decoupled) if self.step.decoupled else None
         outcome = self.step.run(batches[self.grid.index("data")], learning_rate=RATE, media=media)
         assert outcome.finite
         return outcome.loss

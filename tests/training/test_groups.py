@@ -62,7 +62,7 @@ def _check(vision: str) -> None:
         step = TrainStep(model, runtime, optimizer, grid, decoupled=decoupled)
         for number in range(STEPS):
             batches = batches_of(number, CASE.sizes.data, torch.float64)
-            media = media_of(batches, grid) if vision == "dep" else None
+            media = None if decoupled is None else media_of(batches, grid, decoupled)
             assert step.run(batches[grid.index("data")], learning_rate=RATE, media=media).finite
         frozen = frozen_of(list(model.parameters), groups)
         for name, parameter in model.parameters.items():

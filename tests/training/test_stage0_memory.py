@@ -102,9 +102,9 @@ def _peak(grid: RankGrid, schedule_name: str, mix: str) -> Peak:
     runtime = PipelineRuntime(lower(schedule), model.stages, grid, weight_grads=model.weight_grads)
     decoupled = decouple(case(), model, grid, DTYPE)
     batches = _batches(mix)
-    media = media_of([batches], grid)
-    plan = decoupled.begin(media.clips, media.consumers, media.load_pixels)
-    share = sum(clip.grid[1] * clip.grid[2] // 4 for pack in plan.packs_of(grid.rank) for clip in pack.clips)
+    media = media_of([batches], grid, decoupled)
+    decoupled.begin(media.plan, media.consumers, media.load_pixels)
+    share = sum(clip.grid[1] * clip.grid[2] // 4 for pack in media.plan.packs_of(grid.rank) for clip in pack.clips)
     fed = [replace(batch, pixel_values=None, media=decoupled.media(i)) for i, batch in enumerate(batches)]
     peak, hooks = PeakBytes(decoupled, all_memory=schedule_name == "1f1b"), decoupled.hooks()
     for kind in (Kind.VISION_FORWARD, Kind.VISION_BACKWARD):

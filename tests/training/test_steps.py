@@ -58,7 +58,7 @@ def decouple(
     )  # fmt: skip
 
 
-def media_of(batches: list[list[MicroBatch]], grid: RankGrid) -> StepMedia:
+def media_of(batches: list[list[MicroBatch]], grid: RankGrid, decoupled: DecoupledEncoder) -> StepMedia:
     """Metadata and pixels of all data ranks."""
     clips, pixels = [], {}
     for data_rank, each in enumerate(batches):
@@ -73,7 +73,7 @@ def media_of(batches: list[list[MicroBatch]], grid: RankGrid) -> StepMedia:
                 pixels[clip] = part
     first = {grid.sizes.coordinate(r, "data"): r for r in reversed(range(grid.sizes.ranks_per_stage))}
     return StepMedia(
-        clips=tuple(clips),
+        plan=decoupled.plan(clips),
         consumers=lambda data, number: media_consumers(batches[data][number], MEDIA_PAD, grid, first[data]),
         load_pixels=pixels.__getitem__,
     )
@@ -99,7 +99,7 @@ def _check(cases: list[GridCase], dtype: torch.dtype, vision: str) -> dict[str, 
         found = []
         for number in range(STEPS):
             batches = batches_of(number, case.sizes.data, dtype)
-            media = media_of(batches, grid) if vision == "dep" else None
+            media = None if decoupled is None else media_of(batches, grid, decoupled)
             outcome = step.run(batches[grid.index("data")], learning_rate=RATE, media=media)
             assert outcome.finite
             found.append(outcome.loss)
@@ -163,8 +163,8 @@ def _check_dep_bitwise(cases: list[GridCase]) -> None:
         expected = plain.step(batches[0]).losses
         runtime, other = build(each, config, dtype, grid, "dep")
         decoupled = decouple(each, other, grid, dtype)
-        media = media_of(batches, grid)
-        decoupled.begin(media.clips, media.consumers, media.load_pixels)
+        media = media_of(batches, grid, decoupled)
+        decoupled.begin(media.plan, media.consumers, media.load_pixels)
         fed = [replace(b, pixel_values=None, media=decoupled.media(i)) for i, b in enumerate(batches[0])]
         found = runtime.step(fed, schedule=decoupled.schedule(runtime.schedule), hooks=decoupled.hooks()).losses
         decoupled.finish()
@@ -193,7 +193,7 @@ def _check_after_a_failure(vision: str) -> None:
         decoupled = decouple(each, model, grid, torch.float64) if vision == "dep" else None
         step = TrainStep(model, runtime, optimizer, grid, decoupled=decoupled)
         batches = batches_of(0, 1, torch.float64)
-        media = media_of(batches, grid) if vision == "dep" else None
+        media = None if decoupled is None else media_of(batches, grid, decoupled)
         if fails:
             wrong = batches[0][2].input_ids_T.clone()
             wrong[-1] = 10**6

@@ -76,7 +76,7 @@ class DecoupledMedia:
 class DecoupledEncoder:
     """An encoder that every rank of the grid holds, and whose work every rank shares.
 
-    A step is: `begin`, then the runtime with `schedule(...)` and `hooks()`; stage 0 asks `rows(m)` in the forward of
+    A step is: `plan`, `begin`, the runtime with `schedule(...)` and `hooks()`; stage 0 asks `rows(m)` in the forward of
     micro-batch m and gives `return_gradient(m, grad)` in its backward.
 
     Args:
@@ -113,33 +113,39 @@ class DecoupledEncoder:
 
     # --- the step ---------------------------------------------------------------------------------------------------
 
+    def plan(self, clips: Iterable[Clip]) -> EncodingPlan:
+        """Who encodes what of a step, from metadata that every rank has; it may be made long before the step.
+
+        Args:
+            clips: of the whole step, every data rank's.
+        """
+        packs, per_node = make_packs(clips, max_patches=self.options.max_patches), self.options.ranks_per_node
+        return assign(
+            packs, self.options.cost, self.grid.size("world"), ranks_per_node=per_node,
+            node_of_pack=None if per_node is None else [self._home(pack) // per_node for pack in packs],
+        )  # fmt: skip
+
     def begin(
         self,
-        clips: Iterable[Clip],
+        plan: EncodingPlan,
         consumers: Callable[[int, int], Tensor],
         load_pixels: Callable[[Clip], Tensor],
         *,
         train: bool = True,
-    ) -> EncodingPlan:
-        """Plans a step from metadata that every rank has.
+    ) -> None:
+        """Begins a step.
 
         Args:
-            clips: of the whole step, every data rank's.
+            plan: what `plan` made, the same on every rank.
             consumers: of (data rank, micro-batch): (Q,) int64, the global rank of stage 0 that needs each feature row.
             load_pixels: decodes a clip that this rank owns: (t * h * w, ...). Asked again in phase (c).
             train: False for an evaluation: phase (a) alone.
         """
         self._assert_idle()
-        packs, per_node = make_packs(clips, max_patches=self.options.max_patches), self.options.ranks_per_node
-        plan = assign(
-            packs, self.options.cost, self.grid.size("world"), ranks_per_node=per_node,
-            node_of_pack=None if per_node is None else [self._home(pack) // per_node for pack in packs],
-        )  # fmt: skip
         owners = {clip: ranks[0] for pack, ranks in zip(plan.packs, plan.owners, strict=True) for clip in pack.clips}
         routes = Routes.make(owners, self.rows_of, consumers)
         trainable = self.options.trainable and any(parameter.requires_grad for parameter in self.encoder.parameters())
         self._step = _Step(plan, routes, load_pixels, train and trainable)
-        return plan
 
     def _home(self, pack: Pack) -> int:
         """The first rank of stage 0 that has the pack's data rank."""

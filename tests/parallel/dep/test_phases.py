@@ -46,8 +46,9 @@ def one_step(
     decoupled: DecoupledEncoder, grid: RankGrid, drawn: DrawnStep, dtype: torch.dtype, *, train: bool = True
 ) -> dict[tuple[int, int], torch.Tensor]:
     """The three phases with a backbone that only hands gradients back; the rows that this rank consumed."""
-    plan = decoupled.begin(
-        drawn.clips,
+    plan = decoupled.plan(drawn.clips)
+    decoupled.begin(
+        plan,
         lambda *key: torch.tensor(drawn.consumers[key]),
         lambda clip: pixels_of(clip, dtype),
         train=train,
@@ -155,8 +156,9 @@ def _check_without_training(sizes: GridSizes) -> None:
             decoupled = DecoupledEncoder(
                 encoder, grid, row_shape=(WIDTH,), rows_of=rows_of, dtype=torch.float64, options=options
             )
-            plan = decoupled.begin(
-                drawn.clips,
+            plan = decoupled.plan(drawn.clips)
+            decoupled.begin(
+                plan,
                 lambda *key, drawn=drawn: torch.tensor(drawn.consumers[key]),
                 lambda clip: pixels_of(clip, torch.float64),
                 train=train,
@@ -190,7 +192,8 @@ def test_the_schedule_with_vision_is_valid_and_can_be_timed_and_drawn(name: str,
     )
     drawn = draw_step(5, data_ranks=1, microbatches=MICROBATCHES, consumers_of={0: [0]})
     assert drawn.clips
-    decoupled.begin(drawn.clips, lambda *key: torch.tensor(drawn.consumers[key]), lambda clip: torch.empty(0))
+    consumers, plan = drawn.consumers, decoupled.plan(drawn.clips)
+    decoupled.begin(plan, lambda *key: torch.tensor(consumers[key]), lambda clip: torch.empty(0))
     schedule = decoupled.schedule(lower(make_schedule(name, num_ranks=1, num_microbatches=MICROBATCHES)))
     validate(schedule)
     assert {Kind.DELIVER, Kind.RETURN} <= {action.kind for action in schedule.actions[0]}
