@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from k25sys.optim import MuonClipConfig, ZeroOptimizer
 from k25sys.optim.fused_adamw import AdamWPieces, choose
-from k25sys.optim.muon_clip import advance_momentum, decay_and_step, update_scale
+from k25sys.optim.local_muon import WholeMatrices, step_whole
 from k25sys.optim.newton_schulz import orthogonalize
 from k25sys.parallel import GridSizes, ParameterLayout, RankGrid
 from perf import harness
@@ -156,12 +156,12 @@ def bench_muon(preset: Preset, seconds: float, dtype: torch.dtype) -> Comparison
     leaves = with_gradients(list(weight), list(gradient))
     master, momentum = weight.clone(), torch.zeros_like(weight)
 
-    def step() -> None:
-        update = orthogonalize(advance_momentum(momentum, gradient, CONFIG), dtype=dtype)
-        decay_and_step(master, update.mul_(update_scale(*weight.shape[-2:])), RATE, CONFIG)
-
+    whole = WholeMatrices(
+        master=master, momentum=momentum, gradient=gradient, learning_rate=RATE,
+        config=replace(CONFIG, newton_schulz_dtype=dtype),
+    )  # fmt: skip
     candidates = {
-        "k25sys": Candidate(step, lambda: list(master)),
+        "k25sys": Candidate(lambda: step_whole([whole]), lambda: list(master)),
         "torch_muon": Candidate(torch_muon(leaves).step, lambda: [leaf.detach() for leaf in leaves]),
     }
     return compare(f"muon/{KINDS[dtype]}/threads=1", candidates, seconds, 1e-3, flops=newton_schulz_flops(preset))

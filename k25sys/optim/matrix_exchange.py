@@ -16,12 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from k25sys.optim.muon_clip import MuonClipConfig, update_scale
-from k25sys.optim.newton_schulz import orthogonalize
+from k25sys.optim.muon_clip import MuonClipConfig
+from k25sys.optim.newton_schulz import orthogonalize, together
 from k25sys.parallel.buckets import Bucket, Slot
 from k25sys.parallel.grid import RankGrid
-
-_BATCH_ELEMENTS = 1 << 26  # of matrices that are orthogonalised together
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class _Fragment:
 
 
 class MatrixExchange:
-    """The plan of one group of ranks: computed once, the same on all of them.
+    """The plan of one group of two or more ranks: computed once, the same on all of them.
 
     Args:
         buckets: those whose matrices these ranks hold together.
@@ -65,7 +63,9 @@ class MatrixExchange:
     """
 
     def __init__(self, buckets: Sequence[Bucket], grid: RankGrid, axis: str, config: MuonClipConfig) -> None:
-        self._config, self._group, self._rank = config, grid.group(axis), grid.rank
+        group = grid.group(axis)
+        assert group is not None, "matrices that lie whole on one rank need no exchange"
+        self._config, self._group, self._rank = config, group, grid.rank
         self._ranks = grid.ranks(axis)
         slots = [slot for bucket in buckets for slot in bucket.slots if slot.layout.matrix]
         self.matrices = _assign(slots, self._ranks)
@@ -76,13 +76,13 @@ class MatrixExchange:
         self._fragments.sort(key=lambda fragment: (fragment.matrix, fragment.rank))
 
     def orthogonalized(self, momenta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scaled updates of this rank's pieces. Collective.
+        """The orthogonal matrices, as far as this rank's pieces go. Collective.
 
         Args:
             momenta: by parameter, this rank's piece, flat: what is to be orthogonalised.
 
         Returns:
-            The same shapes: 0.2 sqrt(max(n, m)) times the orthogonal matrix.
+            The same shapes.
         """
         if not self.matrices:
             return {}
@@ -121,14 +121,12 @@ class MatrixExchange:
         send = [fragment for rank in self._ranks for fragment in out if target(fragment) == rank]
         receive = [fragment for rank in self._ranks for fragment in into if source(fragment) == rank]
         sent = torch.cat([torch.empty(0, dtype=dtype, device=device), *(content(f).reshape(-1) for f in send)])
-        got = sent
-        if self._group is not None:
-            sizes = [
-                [sum(f.size for f in side if end(f) == rank) for rank in self._ranks]
-                for side, end in ((send, target), (receive, source))
-            ]
-            got = torch.empty(sum(sizes[1]), dtype=dtype, device=device)
-            dist.all_to_all_single(got, sent, sizes[1], sizes[0], group=self._group)
+        sizes = [
+            [sum(f.size for f in side if end(f) == rank) for rank in self._ranks]
+            for side, end in ((send, target), (receive, source))
+        ]
+        got = torch.empty(sum(sizes[1]), dtype=dtype, device=device)
+        dist.all_to_all_single(got, sent, sizes[1], sizes[0], group=self._group)
         parts = dict(zip(map(id, receive), got.split([f.size for f in receive]), strict=True))
         return [parts[id(fragment)] for fragment in into]
 
@@ -146,12 +144,11 @@ class MatrixExchange:
         for number, matrix in whole.items():
             by_shape[tuple(matrix.shape)].append(number)
         for shape, numbers in by_shape.items():
-            batch = max(1, _BATCH_ELEMENTS // prod(shape))
+            batch = together(prod(shape), device.type)
             for first in range(0, len(numbers), batch):
                 some = numbers[first : first + batch]
                 stacked = torch.stack([whole[number] for number in some])
-                done = orthogonalize(stacked, steps=self._config.newton_schulz_steps) * update_scale(*shape)
-                whole.update(zip(some, done, strict=True))
+                whole.update(zip(some, orthogonalize(stacked, steps=self._config.newton_schulz_steps), strict=True))
         return whole
 
 

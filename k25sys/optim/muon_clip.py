@@ -60,9 +60,11 @@ def advance_momentum(momentum: Tensor, gradient: Tensor, config: MuonClipConfig)
     return gradient.add(momentum, alpha=config.momentum) if config.nesterov else momentum
 
 
-def decay_and_step(master: Tensor, update: Tensor, learning_rate: float, config: MuonClipConfig) -> None:
-    """W <- W - eta (update + lambda W), in place."""
-    master.mul_(1 - learning_rate * config.weight_decay).sub_(update, alpha=learning_rate)
+def decay_and_step(
+    master: Tensor, update: Tensor, learning_rate: float, config: MuonClipConfig, *, scale: float = 1.0
+) -> None:
+    """W <- W - eta (scale update + lambda W), in place."""
+    master.mul_(1 - learning_rate * config.weight_decay).sub_(update, alpha=learning_rate * scale)
 
 
 def adamw_update(exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, step: int, config: MuonClipConfig) -> Tensor:

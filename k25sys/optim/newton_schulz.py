@@ -9,6 +9,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """(a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X: tuned for speed, singular values end in about 0.7 to 1.2."""
 _EPSILON = 1e-7
 _CACHED_ELEMENTS = 1 << 18  # of matrices that are iterated on together on the CPU
+_BATCHED_ELEMENTS = 1 << 26  # on another device, where copies of them cost memory
 
 
 @torch.no_grad()
@@ -38,11 +39,19 @@ def orthogonalize(m_BNM: Tensor, *, steps: int = 5, dtype: torch.dtype | None = 
     return x.mT if tall else x
 
 
+def together(num_elements: int, device_type: str) -> int:
+    """How many matrices of that size are to be iterated on at a time."""
+    most = _CACHED_ELEMENTS if device_type == "cpu" else _BATCHED_ELEMENTS
+    return max(1, most // max(1, num_elements))
+
+
 def _by_cache(x_BNM: Tensor, steps: int) -> Tensor:
     """A few matrices at a time, or one: passes over all of them would each come from memory."""
-    together = max(1, _CACHED_ELEMENTS // max(1, x_BNM[0].numel())) if len(x_BNM) else 1
+    count = together(x_BNM[0].numel(), "cpu") if len(x_BNM) else 1
+    if len(x_BNM) <= count:
+        return _iterate(x_BNM[0], steps)[None] if len(x_BNM) == 1 else _iterate(x_BNM, steps)
     out_BNM = torch.empty_like(x_BNM)
-    for out, x in zip(out_BNM.split(together), x_BNM.split(together), strict=True):
+    for out, x in zip(out_BNM.split(count), x_BNM.split(count), strict=True):
         if len(x) == 1:
             out[0] = _iterate(x[0], steps)
         else:

@@ -26,8 +26,9 @@ from k25sys.errors import (
 )
 from k25sys.optim.fused_adamw import AdamWPieces, choose
 from k25sys.optim.groups import GroupRule, ParameterGroup, check_groups_used, match_groups, rules
+from k25sys.optim.local_muon import WholeMatrices, step_whole
 from k25sys.optim.matrix_exchange import MatrixExchange
-from k25sys.optim.muon_clip import MuonClipConfig, advance_momentum, decay_and_step
+from k25sys.optim.muon_clip import MuonClipConfig, advance_momentum, decay_and_step, update_scale
 from k25sys.optim.qk_clip import scale_rows
 from k25sys.parallel.buckets import Bucket, GradientBuckets, Piece
 from k25sys.parallel.grid import RankGrid
@@ -128,9 +129,12 @@ class ZeroOptimizer:
         trained = {name: parameter for name, parameter in parameters.items() if name not in self.frozen}
         self.gradients = GradientBuckets(trained, layouts, grid, bucket_bytes=bucket_bytes, irregular=irregular)
         self._states = [_BucketState(bucket) for bucket in self.gradients.buckets]
-        stage = [bucket for bucket in self.gradients.buckets if bucket.axis != "world"]
-        world = [bucket for bucket in self.gradients.buckets if bucket.axis == "world"]
-        self._exchanges = (MatrixExchange(stage, grid, "stage", config), MatrixExchange(world, grid, "world", config))
+        self._exchanges: dict[str, MatrixExchange] = {}
+        """By the axis over which matrices are spread; none where they lie whole on this rank."""
+        for axis in ("stage", "world"):
+            buckets = [bucket for bucket in self.gradients.buckets if _spread_over(bucket) == axis]
+            if grid.group(axis) is not None:
+                self._exchanges[axis] = MatrixExchange(buckets, grid, axis, config)
 
     def expect_gradients(self, num_microbatches: int) -> None:
         """Call before the first backward of a step: a bucket is then reduced as soon as so many gradients have landed
@@ -229,28 +233,40 @@ class ZeroOptimizer:
         return float(squares.sum().sqrt())
 
     def _update(self, shards: list[Tensor], scale: float, learning_rate: float) -> None:
-        momenta: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+        momenta: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+        whole: list[WholeMatrices] = []
         adam: defaultdict[GroupRule, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
         for state, shard in zip(self._states, shards, strict=True):
             if scale != 1.0:
                 shard.mul_(scale)
+            axis = _spread_over(state.bucket)
             for piece in state.bucket.pieces():
-                gradient, first, name = shard[piece.shard], state.first[piece.shard], piece.slot.name
-                if piece.slot.layout.matrix:
-                    momenta[state.bucket.axis == "world"][name] = advance_momentum(first, gradient, self.config)
+                rule, name = self._rules[piece.slot.name], piece.slot.name
+                master, gradient, first = (each[piece.shard] for each in (state.master, shard, state.first))
+                if not piece.slot.layout.matrix:
+                    adam[rule].append((master, gradient, first, state.second[name]))
+                elif axis in self._exchanges:
+                    momenta[axis][name] = advance_momentum(first, gradient, self.config)
                 else:
-                    adam[self._rules[name]].append((state.master[piece.shard], gradient, first, state.second[name]))
+                    shape = (-1, *piece.slot.layout.shape[-2:])
+                    whole.append(
+                        WholeMatrices(
+                            master=master.view(shape), momentum=first.view(shape), gradient=gradient.view(shape),
+                            learning_rate=learning_rate * rule.learning_rate_scale, config=rule.config,
+                        )
+                    )  # fmt: skip
         for rule, pieces in adam.items():
             rate = learning_rate * rule.learning_rate_scale
             self._adamw(AdamWPieces(*zip(*pieces, strict=True)), self.num_steps, rate, rule.config)
+        step_whole(whole)
         updates: dict[str, Tensor] = {}
-        for everywhere, exchange in zip((False, True), self._exchanges, strict=True):
-            updates |= exchange.orthogonalized(momenta[everywhere])
+        for axis, exchange in self._exchanges.items():
+            updates |= exchange.orthogonalized(momenta[axis])
         for state, piece in self._pieces():
-            if piece.slot.layout.matrix:
+            if piece.slot.name in updates:
                 rule, update = self._rules[piece.slot.name], updates[piece.slot.name].to(state.master.dtype)
-                rate = learning_rate * rule.learning_rate_scale
-                decay_and_step(state.master[piece.shard], update, rate, rule.config)
+                rate, size = learning_rate * rule.learning_rate_scale, update_scale(*piece.slot.layout.shape[-2:])
+                decay_and_step(state.master[piece.shard], update, rate, rule.config, scale=size)
 
     def _clip(self, row_factors: Mapping[str, Tensor]) -> None:
         for state, piece in self._pieces():
@@ -292,6 +308,11 @@ class ZeroOptimizer:
                 tensors |= {"exp_avg": state.first[piece.shard], "exp_avg_sq": state.second[name]}
             for key, tensor in tensors.items():
                 yield StateShard(name, key, layout, piece.begin, piece.end, tensor)
+
+
+def _spread_over(bucket: Bucket) -> str:
+    """The axis whose ranks hold the bucket's matrices together."""
+    return "world" if bucket.axis == "world" else "stage"
 
 
 def _squares(flat: Tensor) -> Tensor:

@@ -4,11 +4,12 @@
 
 Every arm sees the same share of vision tokens: from the start, from 50%, or from 80% of the run on, at a ratio of
 budget / (1 - inject). Losses of held-out text and vision are measured along the way. The report shows text to dip and
-recover after a late injection; here the rise of the text loss after it is measured against the arm without one.
+recover after a late injection; here that is looked for as the distance to the early arm of the same seed.
 """
 
 import argparse
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,11 +46,13 @@ class Curve:
         """At the end."""
         return self.losses[max(self.losses)]
 
-    def rise(self, inject_step: float) -> float:
-        """How far text rises above its loss at the injection, at most; <= 0: it never does."""
-        before = max((step for step in self.losses if step <= inject_step), default=min(self.losses))
-        later = [losses["text"] for step, losses in self.losses.items() if step > before]
-        return max(later) - self.losses[before]["text"] if later else 0.0
+    def text_around(self, inject_step: float) -> tuple[float, float, float]:
+        """Means of two measurements of text each: the last before an injection, the first after it, the last of all."""
+        steps = sorted(self.losses)
+        before = bisect_right(steps, inject_step)
+        places = (steps[max(0, before - 2) : max(1, before)], steps[before : before + 2] or steps[-1:], steps[-2:])
+        first, second, third = (mean(self.losses[step]["text"] for step in each) for each in places)
+        return first, second, third
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -92,13 +95,18 @@ def _train(base: RunConfig, arm: str, seed: int, output: Path, resume: bool) -> 
 
 
 def table(curves: Sequence[Curve], steps: int) -> str:
-    """Means over seeds with their standard deviations; the rise of text after each injection."""
-    lines = [f"{'arm':6} {'inject':>6}  {'text loss':>16}  {'vision loss':>16}  {'rise of text after injection':>28}"]
+    """Final losses, and how much the text of an arm is above that of the early one of the same seed: before vision
+    comes, right after, and at the end. A dip that recovers is a second figure above the first and the third."""
+    heads = ("text loss", "vision loss", "text over early: before", "after", "at the end")
+    lines = [f"{'arm':6} {'inject':>6}  " + "  ".join(f"{head:>23}" for head in heads)]
+    early = {curve.seed: curve for curve in curves if ARMS[curve.arm] == 0}
     for arm, inject in ARMS.items():
         chosen = [curve for curve in curves if curve.arm == arm]
         cells = [_spread([curve.final[kind] for curve in chosen]) for kind in ("text", "vision")]
-        rise = "" if inject == 0 else _spread([curve.rise(inject * steps) for curve in chosen])
-        lines.append(f"{arm:6} {inject:6.0%}  {cells[0]:>16}  {cells[1]:>16}  {rise:>28}")
+        if inject:
+            around = [(c.text_around(inject * steps), early[c.seed].text_around(inject * steps)) for c in chosen]
+            cells += [_spread([ours[i] - theirs[i] for ours, theirs in around]) for i in range(3)]
+        lines.append(f"{arm:6} {inject:6.0%}  " + "  ".join(f"{cell:>23}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,17 +102,21 @@ def test_what_cannot_be_ends_with_one_line(arguments: list[str], text: str, tmp_
 
 def test_the_ablations_table_and_figure(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
-    dip = {"early": (3.0, 2.0, 1.0), "mid": (3.0, 2.5, 1.2), "late": (3.0, 2.0, 2.25)}
+    dip = {"early": (3.0, 2.0, 1.8, 1.0), "mid": (3.0, 2.5, 2.0, 1.2), "late": (3.0, 2.1, 2.25, 1.0)}
     curves = [
         Curve(arm=arm, seed=seed, losses={
-            step: {"text": loss + seed / 100, "vision": loss} for step, loss in zip((40, 80, 100), losses, strict=True)
+            step: {"text": loss + seed / 100, "vision": loss}
+            for step, loss in zip((50, 80, 90, 100), losses, strict=True)
         })
         for arm, losses in dip.items()
         for seed in (0, 1)
     ]  # fmt: skip
     rows = table(curves, 100).splitlines()
     assert rows[1].split() == ["early", "0%", "1.0050", "±", "0.0071", "1.0000", "±", "0.0000"]
-    assert rows[3].split()[-3:] == ["0.2500", "±", "0.0000"]  # the rise of text after a late injection
+    over_early = ["0.0500", "±", "0.0000", "0.2250", "±", "0.0000", "0.2250", "±", "0.0000"]
+    assert rows[3].split()[-9:] == over_early  # of the same seed: before the late injection, after it, at the end
+    only_end = [replace(curve, losses={100: curve.losses[100]}) for curve in curves]
+    assert rows[2].split()[:8] == table(only_end, 100).splitlines()[2].split()[:8]
     draw(str(tmp_path / "a.svg"), curves, 100)
     draw(str(tmp_path / "b.svg"), curves, 100)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
