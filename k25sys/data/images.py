@@ -86,11 +86,16 @@ def resize_and_pad(picture: "Image.Image", plan: ResizePlan) -> np.ndarray:
 
 
 def normalised_patches(frame_HW3: np.ndarray) -> Tensor:
-    """(h * w, 3, 14, 14) float32 in [-1, 1], row-major, of a frame (14 h, 14 w, 3) uint8: (x / 255 - 0.5) / 0.5."""
+    """(h * w, 3, 14, 14) float32 in [-1, 1], row-major, of a frame (14 h, 14 w, 3) uint8: (x / 255 - 0.5) / 0.5.
+
+    By NumPy: torch would start threads of its own for it, beside those of a training step in another thread.
+    """
     height, width, _ = frame_HW3.shape
-    cells = torch.from_numpy(frame_HW3).view(height // PATCH, PATCH, width // PATCH, PATCH, 3)
-    patches = cells.permute(0, 2, 4, 1, 3).reshape(-1, 3, PATCH, PATCH)
-    return patches.to(torch.float32).sub_(127.5).div_(127.5)
+    cells = frame_HW3.reshape(height // PATCH, PATCH, width // PATCH, PATCH, 3).transpose(0, 2, 4, 1, 3)
+    patches = cells.astype(np.float32, order="C").reshape(-1, 3, PATCH, PATCH)
+    patches -= 127.5
+    patches /= 127.5
+    return torch.from_numpy(patches)
 
 
 def source_name(source: Any) -> str:

@@ -78,10 +78,11 @@ def preprocess_video(source: Source, limits: MediaLimits = RELEASED_LIMITS) -> t
     height, width, _ = frames[0].shape
     h, w = height // PATCH, width // PATCH
     sizes = group_sizes(len(frames), limits)
-    pixel_values = torch.empty((len(frames) * h * w, 3, PATCH, PATCH))
-    for rows, frame in zip(pixel_values.split(h * w), frames, strict=True):
-        rows.copy_(normalised_patches(frame))
-    return pixel_values, torch.tensor([[t, h, w] for t in sizes]), video_timestamps(num_frames, fps, limits)
+    pixel_values = np.empty((len(frames), h * w, 3, PATCH, PATCH), np.float32)
+    for patches, frame in zip(pixel_values, frames, strict=True):
+        patches[:] = normalised_patches(frame).numpy()
+    grids = torch.tensor([[t, h, w] for t in sizes])
+    return torch.from_numpy(pixel_values).flatten(0, 1), grids, video_timestamps(num_frames, fps, limits)
 
 
 def read_video_info(source: Source, limits: MediaLimits = RELEASED_LIMITS) -> VideoInfo:
