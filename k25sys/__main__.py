@@ -115,10 +115,11 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> "tuple[KimiK25, Token
     from k25sys.data import ByteTokenizer, TiktokenTokenizer, check_special_tokens
     from k25sys.models import KimiK25
     from k25sys.models.presets import preset
-    from k25sys.training.weights import is_run_checkpoint, load_model
+    from k25sys.training.weights import checkpoint_folder, is_run_checkpoint, load_model
 
-    if arguments.checkpoint and is_run_checkpoint(arguments.checkpoint):
-        model, tokenizer = load_model(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)), ByteTokenizer()
+    folder = checkpoint_folder(arguments.checkpoint) if arguments.checkpoint else None
+    if folder is not None and is_run_checkpoint(folder):
+        model, tokenizer = load_model(folder, dtype=getattr(torch, arguments.dtype)), ByteTokenizer()
         if arguments.tokenizer:
             tokenizer = TiktokenTokenizer(arguments.tokenizer)
         check_special_tokens(tokenizer, model.config.tokens.named(), model.config.text.vocab_size)
@@ -188,6 +189,9 @@ def _run(arguments: argparse.Namespace) -> int:
     except (RankFailureError, DataWorkerError, DivergenceError) as error:
         print(f"run: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("run: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
@@ -232,7 +236,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _reported(command: str, run: Callable[[], str]) -> int:
     """Prints what `run` returns; of an error of the input or of the disk, one line. Returns the exit status."""
     try:
-        print(run())
+        text = run()
+        if text:
+            print(text)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

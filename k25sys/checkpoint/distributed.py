@@ -103,17 +103,21 @@ def save(
     drive(grid, save_steps(Path(folder), grid, step, pieces, extra, file_bytes))
 
 
-def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece], *, step: int | None = None) -> Loaded:
+def load(
+    folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece], *, step: int | None = None,
+    partly: bool = False,
+) -> Loaded:  # fmt: skip
     """Verifies a checkpoint and fills the tensors of `wanted` from it, whatever grid wrote it. Collective.
 
-    Of each key that some rank wants, the ranks together must want every name. Nothing is filled unless every file is
-    intact (each rank hashes its share of the files) and every rank finds what it wants.
+    Of each key that some rank wants, the ranks together must want every name, unless `partly`. Nothing is filled unless
+    every file is intact (each rank hashes its share of the files) and every rank finds what it wants.
 
     Args:
         folder: a published checkpoint.
         grid: of all ranks; any sizes.
         wanted: pieces, whose tensors are written in place.
         step: if given, the one that the checkpoint must be of.
+        partly: the rest of what is stored is not asked for.
 
     Returns:
         Step, extra and the sizes of the grid that wrote it.
@@ -122,7 +126,7 @@ def load(folder: str | os.PathLike[str], grid: RankGrid, wanted: Iterable[Piece]
         CheckpointError: a missing, extra, truncated or altered file, with its name; a tensor that is missing, is not
             wanted, or has another shape or dtype; another rank failed. TypeError, ValueError: as `save`.
     """
-    return drive(grid, load_steps(Path(folder), grid, wanted, step))
+    return drive(grid, load_steps(Path(folder), grid, wanted, step, partly=partly))
 
 
 def save_steps(
@@ -249,7 +253,9 @@ def _publish(
     store.finish_publishing(temporary, folder, files, step=step)
 
 
-def load_steps(folder: Path, grid: RankGrid, wanted: Iterable[Piece], step: int | None = None) -> Steps[Loaded]:
+def load_steps(
+    folder: Path, grid: RankGrid, wanted: Iterable[Piece], step: int | None = None, *, partly: bool = False
+) -> Steps[Loaded]:
     """`load` as one rank's steps."""
     wanted = list(wanted)
     manifest = store.read_manifest(folder)
@@ -263,7 +269,9 @@ def load_steps(folder: Path, grid: RankGrid, wanted: Iterable[Piece], step: int 
     for piece in wanted:
         _plan(folder, piece, piece.where(grid.sizes, grid.rank), tensors, plan)
     names = sorted({(piece.key, piece.name) for piece in wanted})
-    _check_wanted(folder, tensors, (yield Send(_positions(names, tensors))))
+    positions = yield Send(_positions(names, tensors))
+    if not partly:
+        _check_wanted(folder, tensors, positions)
     for file, entries in sorted(plan.items()):
         _fill(folder / file, entries)
     yield Send(None)

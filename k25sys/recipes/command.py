@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer, check_special_tokens
+from k25sys.errors import ConfigError
 from k25sys.models import KimiK25, KimiK25Config
 from k25sys.parallel import RankGrid
 from k25sys.parallel.faults import Monitor
@@ -23,12 +25,15 @@ from k25sys.planner.plan import make_plan
 from k25sys.planner.report import table
 from k25sys.planner.request import PlanRequest
 from k25sys.recipes import find_recipe, fusion_ablation, recipes
+from k25sys.recipes.recipe import Recipe
 from k25sys.training.config import RunConfig, override
 from k25sys.training.loop import Trainer
 
 _TIMEOUT = timedelta(minutes=10)
-_TRAINING_BYTES = 16
-"""Of a parameter: weight, gradient, master, moments."""
+_PATIENCE = timedelta(hours=6)
+"""For data that rank 0 generates."""
+_TRAINING_BYTES, _FROZEN_BYTES = 16, 4
+"""Of a parameter: weight, gradient, master, moments; or its weight alone."""
 
 
 def list_recipes() -> str:
@@ -56,11 +61,16 @@ def run(arguments: argparse.Namespace) -> str:
     model_config = recipe.model(config)
     needs, has = _bytes_needed(config, model_config), _bytes_here()
     if needs > has:
-        return _planned(config, needs, has)
+        planned = _planned(recipe, config, needs, has)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return planned
+        raise ConfigError(planned.rpartition("\n")[2])
     tokenizer = _tokenizer(config, model_config)
     with _ranks(config) as (grid, monitor):
         mixture = _in_turn(grid, lambda: recipe.mixture(config, tokenizer, Path(arguments.output) / "data"))
-        validation = None if recipe.validation is None else recipe.validation(config, tokenizer)
+        validation = None
+        if recipe.validation is not None and config.validation.every is not None:
+            validation = recipe.validation(config, tokenizer)
         trainer = Trainer(
             config, model_config, mixture, grid, arguments.output, validation=validation, monitor=monitor
         )  # fmt: skip
@@ -72,9 +82,12 @@ def run(arguments: argparse.Namespace) -> str:
 def _in_turn(grid: RankGrid, make: Callable[[], Mixture]) -> Mixture:
     """Rank 0 first: what it generates, the others find."""
     group = grid.group("world")
-    made = make() if grid.rank == 0 or group is None else None
-    if group is not None:
-        dist.barrier(group=group)
+    if group is None:
+        return make()
+    waiting = dist.new_group(backend="gloo", timeout=_PATIENCE, group_desc="data that rank 0 makes")
+    assert isinstance(waiting, dist.ProcessGroup)
+    made = make() if grid.rank == 0 else None
+    dist.barrier(group=waiting)
     return make() if made is None else made
 
 
@@ -115,9 +128,12 @@ def _tokenizer(config: RunConfig, model_config: KimiK25Config) -> Tokenizer:
 def _bytes_needed(config: RunConfig, model_config: KimiK25Config) -> float:
     """Weights, gradients and state of all ranks of this machine, roughly: what decides whether a run can begin."""
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in KimiK25(model_config).parameters())
+        sizes = {name: parameter.numel() for name, parameter in KimiK25(model_config).named_parameters()}
+    frozen = sum(
+        size for name, size in sizes.items() if any(fnmatchcase(name, each) for each in config.optimizer.frozen)
+    )
     ranks, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return parameters * _TRAINING_BYTES * local / ranks
+    return (_TRAINING_BYTES * (sum(sizes.values()) - frozen) + _FROZEN_BYTES * frozen) * local / ranks
 
 
 def _bytes_here() -> float:
@@ -126,7 +142,7 @@ def _bytes_here() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _planned(config: RunConfig, needs: float, has: float) -> str:
+def _planned(recipe: Recipe, config: RunConfig, needs: float, has: float) -> str:
     """The configuration, and what the planner expects of it."""
     grid = config.grid
     replicas = max(1, 512 // (grid.pipeline * grid.context * grid.tensor))
@@ -136,7 +152,7 @@ def _planned(config: RunConfig, needs: float, has: float) -> str:
         vpp=config.pipeline.virtual_stages, ep=grid.expert, tp=grid.tensor, cp=grid.context,
         microbatches=config.pipeline.microbatches or max(1, config.batch.sequences // data),
         schedule=config.pipeline.schedule, sequence=config.batch.sequence_length, vision=config.vision.mode,
-        vision_share=config.data.vision_budget or 0.0,
+        vision_share=recipe.media_share if config.data.vision_budget is None else config.data.vision_budget,
     )  # fmt: skip
     return (
         f"{json.dumps(config.to_json(), indent=1)}\n{table(make_plan(request))}\n"

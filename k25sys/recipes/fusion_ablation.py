@@ -9,6 +9,7 @@ recover after a late injection; here that is looked for as the distance to the e
 
 import argparse
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from k25sys.data import ByteTokenizer
-from k25sys.errors import OptionalPackageError, message
+from k25sys.errors import ConfigError, OptionalPackageError, message
 from k25sys.models.presets import preset
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.recipes import pretrain
@@ -56,38 +57,82 @@ class Curve:
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """All arms and seeds, one after the other; curves.json, the table, and the figure."""
+    """All arms and seeds, one after the other; curves.json, the table, and the figure. A SIGTERM ends it, saved.
+
+    Raises:
+        ConfigError: what cannot be, before anything is trained. OptionalPackageError: a figure without matplotlib.
+    """
     settings = dict(assignment.partition("=")[::2] for assignment in arguments.set)
-    seeds = [int(seed) for seed in settings.pop("seeds", "0,1,2").split(",")]
-    figure = settings.pop("figure", None)
-    base = override(_config(arguments.preset, arguments.steps or STEPS), [f"{k}={v}" for k, v in settings.items()])
+    seeds, figure = _seeds(settings.pop("seeds", "0,1,2")), settings.pop("figure", None)
+    steps = STEPS if arguments.steps is None else arguments.steps
+    base = override(_config(arguments.preset, steps), [f"{k}={v}" for k, v in settings.items()])
+    _check(base, settings, figure)
     output = Path(arguments.output)
-    curves = [_train(base, arm, seed, output, arguments.resume) for seed in seeds for arm in ARMS]
+    curves = []
+    for seed in seeds:
+        for arm in ARMS:
+            curve = _train(base, arm, seed, output, arguments.resume)
+            if curve is None:
+                return f"{output}: stopped when asked to, in {arm}-{seed}; --resume goes on"
+            curves.append(curve)
     rows = [{"arm": c.arm, "seed": c.seed, "losses": c.losses} for c in curves]
-    (output / "curves.json").write_text(json.dumps({"steps": base.steps, "budget": BUDGET, "curves": rows}, indent=1))
+    contents = {"steps": base.steps, "budget": base.data.vision_budget, "curves": rows}
+    (output / "curves.json").write_text(json.dumps(contents, indent=1))
     if figure is not None:
         draw(figure, curves, base.steps)
     return table(curves, base.steps)
 
 
+def _seeds(text: str) -> list[int]:
+    seeds = text.split(",")
+    if not all(seed.isascii() and seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(message("run", "seeds", repr(text), "whole numbers, all different, as 0,1,2"))
+    return [int(seed) for seed in seeds]
+
+
+def _check(base: RunConfig, settings: Mapping[str, str], figure: str | None) -> None:
+    budget, every, world_size = base.data.vision_budget, base.validation.every, os.environ.get("WORLD_SIZE", "1")
+    most = 1 - max(ARMS.values())
+    if world_size != "1":
+        hint = "its runs are small: start several commands, each with its own seeds and --output"
+        raise ConfigError(message("run", "processes", world_size, "1", hint))
+    if budget is None or not 0 < budget <= most + 1e-9:
+        raise ConfigError(
+            message("run", "data.vision_budget", budget, f"above 0, at most {most:.1f}, which the late arm can hold")
+        )
+    if every is None or every > base.steps:
+        raise ConfigError(message("run", "validation.every", every, f"1 to {base.steps}, the number of steps"))
+    for name in ("data.inject", "seed"):
+        if name in settings:
+            raise ConfigError(message("run", "--set", name, "another field: the arms and seeds=... decide about it"))
+    if figure is not None:
+        if not Path(figure).absolute().parent.is_dir():
+            raise ConfigError(message("run", "figure", figure, "a file in a folder that is there"))
+        _pyplot(figure)
+
+
 def _config(preset_name: str, steps: int) -> RunConfig:
+    if preset_name not in ("tiny", "small"):
+        raise ConfigError(message("run", "--preset", repr(preset_name), "tiny, small: nine runs follow one another"))
     base = pretrain.config(preset_name)
     return replace(
         base, recipe=NAME, steps=steps, batch=replace(base.batch, sequences=4),
         data=replace(base.data, vision_budget=BUDGET),
         validation=ValidationOptions(every=max(1, steps // POINTS), batches=4),
-        checkpoint=CheckpointOptions(every=steps), report=ReportOptions(progress=False),
+        checkpoint=CheckpointOptions(every=max(1, steps)), report=ReportOptions(progress=False),
     )  # fmt: skip
 
 
-def _train(base: RunConfig, arm: str, seed: int, output: Path, resume: bool) -> Curve:
+def _train(base: RunConfig, arm: str, seed: int, output: Path, resume: bool) -> Curve | None:
+    """One run; None: it was asked to stop."""
     config = replace(base, seed=seed, data=replace(base.data, inject=ARMS[arm]))
     tokenizer, folder = ByteTokenizer(), output / f"{arm}-{seed}"
     trainer = Trainer(
         config, preset(config.preset), pretrain.mixture(config, tokenizer, folder), RankGrid.create(GridSizes()),
         folder, validation=held_out_of(replace(config, seed=0), tokenizer),
     )  # fmt: skip
-    trainer.run(resume=resume)
+    if trainer.run(resume=resume) < config.steps:
+        return None
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = Curve(arm=arm, seed=seed, losses={x["step"]: x["validation"] for x in lines if "validation" in x})
     print(f"{arm}, seed {seed}: text {curve.final['text']:.4f}, vision {curve.final['vision']:.4f}", flush=True)
@@ -114,12 +159,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ± {stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
-def draw(path: str, curves: Sequence[Curve], steps: int) -> None:
-    """Both losses over steps: a thin line for each seed, a thick one for their mean.
-
-    Raises:
-        OptionalPackageError: matplotlib is not installed.
-    """
+def _pyplot(path: str) -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -129,6 +169,16 @@ def draw(path: str, curves: Sequence[Curve], steps: int) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "k25sys"
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(path: str, curves: Sequence[Curve], steps: int) -> None:
+    """Both losses over steps: a thin line for each seed, a thick one for their mean.
+
+    Raises:
+        OptionalPackageError: matplotlib is not installed.
+    """
+    pyplot = _pyplot(path)
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axis, kind in zip(axes, ("text", "vision"), strict=True):
         for arm, colour in zip(ARMS, ("tab:green", "tab:blue", "tab:red"), strict=True):

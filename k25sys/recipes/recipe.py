@@ -37,6 +37,8 @@ class Recipe:
     validation: Callable[[RunConfig, Tokenizer], Mapping[str, Mixture]] | None = None
     """Documents that are held out, by kind."""
     model: Callable[[RunConfig], KimiK25Config] = model_of_preset
+    media_share: float = 0.0
+    """Of tokens, where data.vision_budget does not say: what a plan of it assumes."""
 
 
 def base_config(recipe: str, preset_name: str) -> RunConfig:
@@ -55,7 +57,7 @@ def base_config(recipe: str, preset_name: str) -> RunConfig:
     if preset_name not in ("moonlight", "k25"):
         raise ConfigError(message("run", "--preset", repr(preset_name), "tiny, small, moonlight, k25"))
     large = RunConfig(
-        recipe=recipe, preset=preset_name, precision="bf16", steps=230_000,
+        recipe=recipe, preset=preset_name, precision="bf16", steps=231_500,
         batch=BatchOptions(sequences=16_384, sequence_length=4096),  # 67M tokens
         vision=VisionOptions(mode="dep", max_patches=16_384),
         optimizer=OptimizerOptions(

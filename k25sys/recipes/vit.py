@@ -1,7 +1,10 @@
 """ViT training: captions alone, by the cross-entropy of a frozen decoder; then the projector alone (K2.5, section 4.3).
 
-First `vit` (the encoder learns to be read), then `vit-projector` from its checkpoint, against the decoder that joint
-pre-training starts from: --set checkpoint.start_from=FOLDER/checkpoints/step-...
+First `vit`: the encoder learns to be read by a small decoder, K2.5's by Moonlight (--preset moonlight --set
+checkpoint.start_from=TEXT). Then
+`vit-projector`: the encoder's weights, and the decoder that joint pre-training starts from:
+
+    --set checkpoint.start_from=VIT:vision_tower.*,LLM:language_model.*
 """
 
 from dataclasses import replace
@@ -12,19 +15,28 @@ from k25sys.recipes.corpus import corpus_of
 from k25sys.recipes.recipe import Recipe, base_config
 from k25sys.training.config import DataOptions, RunConfig
 
+_PROJECTOR_STEPS = 1000
+_MEDIA_SHARE = 0.75
+
 
 def config(preset_name: str) -> RunConfig:
     """The tower and the projector."""
     base = base_config("vit", preset_name)
     frozen = replace(base.optimizer, frozen=("language_model.*",), max_logit=None)
-    return replace(base, optimizer=frozen, data=DataOptions(vision_budget=None))
+    steps = base.steps
+    if preset_name in ("moonlight", "k25"):
+        steps = 15_000  # 1T tokens
+        frozen = replace(frozen, stable_steps=10_000, decay_steps=4_500)
+    return replace(base, steps=steps, optimizer=frozen, data=DataOptions(vision_budget=None))
 
 
 def projector_config(preset_name: str) -> RunConfig:
     """The projector."""
     base = config(preset_name)
     frozen = replace(base.optimizer, frozen=("language_model.*", "vision_tower.*"))
-    return replace(base, recipe="vit-projector", steps=min(base.steps, 1000), optimizer=frozen)
+    if base.steps > _PROJECTOR_STEPS:
+        frozen = replace(frozen, warmup_steps=100, stable_steps=0, decay_steps=_PROJECTOR_STEPS - 100)
+    return replace(base, recipe="vit-projector", steps=min(base.steps, _PROJECTOR_STEPS), optimizer=frozen)
 
 
 def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
@@ -33,8 +45,10 @@ def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
 
 
 RECIPE = Recipe(
-    name="vit", summary="the encoder by captions, the decoder frozen", config=config, mixture=mixture
+    name="vit", summary="the encoder by captions, the decoder frozen", config=config, mixture=mixture,
+    media_share=_MEDIA_SHARE,
 )  # fmt: skip
 PROJECTOR = Recipe(
-    name="vit-projector", summary="the projector alone, a short step", config=projector_config, mixture=mixture
+    name="vit-projector", summary="the projector alone, a short step", config=projector_config, mixture=mixture,
+    media_share=_MEDIA_SHARE,
 )  # fmt: skip

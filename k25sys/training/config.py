@@ -12,6 +12,15 @@ from k25sys.parallel.grid import GridSizes
 PRECISIONS = ("fp32", "bf16")
 VISION_MODES = ("stage0", "dep")
 PROJECTORS = ("encoder", "stage0")
+_LEAST = {
+    "grid.pipeline": 1, "grid.data": 1, "grid.context": 1, "grid.tensor": 1, "grid.expert": 1, "grid.expert_tensor": 1,
+    "steps": 1, "batch.sequences": 1, "batch.sequence_length": 1, "pipeline.virtual_stages": 1,
+    "pipeline.microbatches": 1, "pipeline.extra_warmup": 0, "vision.max_patches": 1, "vision.prefetch": 1,
+    "vision.ranks_per_node": 1, "optimizer.warmup_steps": 0, "optimizer.stable_steps": 0, "optimizer.decay_steps": 0,
+    "data.workers": 0, "validation.every": 1, "validation.batches": 1, "checkpoint.every": 1, "checkpoint.keep": 2,
+    "report.profile_step": 1,
+}  # fmt: skip
+_NAMED = {"recipe": "the recipe's name behind `run`", "preset": "--preset"}
 C = TypeVar("C")
 
 
@@ -150,8 +159,8 @@ class CheckpointOptions:
     every: int = 50
     keep: int = 2
     asynchronous: bool = True
-    start_from: str | None = None
-    """A published checkpoint of another run whose weights this one begins with."""
+    start_from: tuple[str, ...] = ()
+    """Checkpoints of other runs whose weights this one begins with: see weights.load_weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +207,11 @@ class RunConfig:
         ):
             if value not in accepted:
                 raise ConfigError(message("run", path, repr(value), ", ".join(accepted)))
-        for path, value in (
-            ("steps", self.steps),
-            ("batch.sequences", self.batch.sequences),
-            ("batch.sequence_length", self.batch.sequence_length),
-            ("checkpoint.every", self.checkpoint.every),
-            ("vision.max_patches", self.vision.max_patches),
-        ):
-            if value < 1:
-                raise ConfigError(message("run", path, value, "an int >= 1"))
+        found = flattened(asdict(self))
+        for path, least in _LEAST.items():
+            value = found[path]
+            if value is not None and value < least:
+                raise ConfigError(message("run", path, value, f"an int >= {least}"))
 
     def to_json(self) -> dict[str, Any]:
         """As config.json has it, and gives it back: tuples are lists."""
@@ -214,15 +219,17 @@ class RunConfig:
 
 
 def override(config: C, assignments: Sequence[str]) -> C:
-    """`config` with fields set by path: "grid.pipeline=2", "checkpoint.start_from=null", "optimizer.train=a*,b*".
+    """`config` with fields set by path: "grid.pipeline=2", "validation.every=null", "optimizer.train=a*,b*".
 
     Raises:
-        ConfigError: no "=", an unknown path (with the nearest one), or a value of another type.
+        ConfigError: no "=", an unknown path (with the nearest one), a value of another type, or the recipe or preset.
     """
     for assignment in assignments:
         path, found, text = assignment.partition("=")
         if not found:
             raise ConfigError(message("run", "--set", repr(assignment), "PATH=VALUE"))
+        if path in _NAMED:
+            raise ConfigError(message("run", "--set", path, f"{_NAMED[path]}, since defaults depend on it"))
         if path not in (known := _paths(config)):
             near = get_close_matches(path, known, n=1) or [p for p in known if p.endswith(f".{path}")]
             hint = f"did you mean {near[0]}?" if near else ""

@@ -3,9 +3,10 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from k25sys.data import Mixture
-from k25sys.errors import ConfigError, DivergenceError, listing, message
+from k25sys.errors import CheckpointError, ConfigError, DivergenceError, listing, message
 from k25sys.models import KimiK25Config
 from k25sys.parallel import RankGrid
 from k25sys.parallel.faults import Monitor
@@ -28,7 +29,7 @@ from k25sys.training.metrics import Writer, open_writers
 from k25sys.training.profiling import ProfiledRecorder, profile
 from k25sys.training.setup import Parts, build
 from k25sys.training.step import StepOutcome
-from k25sys.training.weights import load_weights
+from k25sys.training.weights import load_weights, stored_config
 
 _MOST_SKIPPED = 10
 """Steps in a row whose gradients were not finite."""
@@ -36,6 +37,8 @@ _MAY_DIFFER = (
     "steps", "grid.", "pipeline.", "vision.", "checkpoint.", "report.", "validation.", "data.workers", "optimizer.",
 )  # fmt: skip
 """Of a run that is resumed: what changes no data and no numbers of the past."""
+_MAY_NOT = ("optimizer.frozen",)
+"""Nevertheless: it decides which state there is."""
 
 
 class Trainer:
@@ -63,6 +66,12 @@ class Trainer:
         monitor: Monitor | None = None,
     ) -> None:
         config = _resolved(config, grid)
+        if config.report.profile_step is not None and config.report.profile_step > config.steps:
+            raise ConfigError(message("run", "report.profile_step", config.report.profile_step, f"1 to {config.steps}"))
+        if config.validation.every is not None and not validation:
+            raise ConfigError(
+                message("run", "validation.every", config.validation.every, f"null: {config.recipe} holds nothing out")
+            )
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
         self.parts: Parts = build(
@@ -78,7 +87,10 @@ class Trainer:
     def run(self, *, resume: bool = False) -> int:
         """Trains up to config.steps, and saves the last one. Collective over the grid.
 
-        A SIGTERM ends it after the step that it comes in, saved.
+        A SIGTERM, or a first SIGINT, ends it after the step that it comes in, saved. A save that fails is reported in a
+        line, and the next one tried when it is due; only that of the last step must not fail. Steps whose gradients are
+        not finite update nothing and are passed over. Activations that are not finite end the run before the update:
+        weights are at fault then, and the last checkpoint is what remains.
 
         Args:
             resume: goes on from the newest intact checkpoint, or from the start where there is none.
@@ -87,27 +99,30 @@ class Trainer:
             The step that it ended with.
 
         Raises:
-            ConfigError: a folder that holds another run. CheckpointError: no checkpoint is intact, or none could be
-            written. DivergenceError: gradients were not finite for ten steps in a row.
+            ConfigError: a folder that holds another run, or more steps of this one. CheckpointError: no checkpoint is
+            intact, or the last one could not be written. DivergenceError: gradients were not finite for ten steps in a
+            row.
         """
         done = self._begin(resume)
         self._write_json("config.json", self.config.to_json())
         writers = self._writers(done)
-        previous = signal.signal(signal.SIGTERM, self._ask_to_stop)
+        previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             step = done
             while step < self.config.steps:
                 step += 1
                 stopping = self._one_step(step, writers)
                 if stopping or step == self.config.steps or self.checkpoints.due(step):
-                    self._save(step)
+                    self._save(step, is_last=stopping or step == self.config.steps)
                 if stopping:
                     break
             self.checkpoints.wait()
-            self._write_ranks()
+            if step > done:
+                self._write_ranks()
             return step
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             for writer in writers:
                 writer.close()
             self.parts.reader.close()
@@ -117,25 +132,46 @@ class Trainer:
     def _begin(self, resume: bool) -> int:
         """The step that this run has already done."""
         parts, start_from = self.parts, self.config.checkpoint.start_from
+        if resume:
+            self._check_same_run(self._config_of_newest())
         loaded = self.checkpoints.load_latest(parts.model, parts.optimizer) if resume else None
         if loaded is None:
             if not resume and self.checkpoints.steps():
                 hint = "--resume goes on with it, or choose another --output"
                 raise ConfigError(message("run", "--output", f"{self.output}, which holds a run", "a new folder", hint))
-            if start_from is not None:
-                load_weights(start_from, self.grid, parts.model, parts.optimizer)
+            if start_from:
+                left = load_weights(start_from, self.grid, parts.model, parts.optimizer)
+                if left:
+                    self._say(f"run: no checkpoint.start_from has {listing(left)}: begun from the seed")
             return 0
-        before, now = flattened(loaded.extra["config"]), flattened(self.config.to_json())
+        self._check_same_run(loaded.extra["config"])
+        if loaded.step > self.config.steps:
+            accepted = f"at least {loaded.step}, which the run has done"
+            raise ConfigError(message("run", "steps", self.config.steps, accepted))
+        parts.reader.restore(loaded.extra["data"])
+        return loaded.step
+
+    def _config_of_newest(self) -> Mapping[str, Any]:
+        """Of the newest checkpoint whose index can be read; nothing where there is none: loading says why."""
+        for step in self.checkpoints.steps():
+            with suppress(CheckpointError, OSError, KeyError, TypeError):
+                return dict(stored_config(self.checkpoints.folder / f"step-{step:08d}"))
+        return {}
+
+    def _check_same_run(self, config: Mapping[str, Any]) -> None:
+        """Raises ConfigError unless a run of `config` may be gone on with."""
+        before, now = flattened(config), flattened(self.config.to_json())
+        may_differ = (
+            _MAY_DIFFER[1:] if self.config.data.inject else _MAY_DIFFER
+        )  # the injection is a share of the steps
         changed = [
             f"{path}={value!r}, it was {before[path]!r}"
             for path, value in now.items()
-            if path in before and before[path] != value and not path.startswith(_MAY_DIFFER)
+            if path in before and before[path] != value and (not path.startswith(may_differ) or path in _MAY_NOT)
         ]
         if changed:
             accepted = "the values that the run began with"
             raise ConfigError(message("run", "--resume", listing(changed), accepted, "or start another --output"))
-        parts.reader.restore(loaded.extra["data"])
-        return loaded.step
 
     def _writers(self, done: int) -> list[Writer]:
         if self.grid.rank != 0:
@@ -226,7 +262,24 @@ class Trainer:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, is_last: bool) -> None:
+        """Collective. A save that failed, this one or the one before, failed on all ranks."""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            self._say(f"{error}; the next one is tried now")
+        try:
+            self._begin_saving(step)
+        except CheckpointError as error:
+            if is_last:
+                raise
+            self._say(f"{error}; training goes on, the next one is due at step {step + self.checkpoints.every}")
+
+    def _say(self, line: str) -> None:
+        if self.grid.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    def _begin_saving(self, step: int) -> None:
         states: list[dict[str, Any]] = [self.parts.reader.state()]
         group = self.grid.group("data")
         if group is not None:
@@ -252,6 +305,8 @@ class Trainer:
             os.replace(temporary, self.output / name)
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:  # a second one ends at once
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._stop_asked = True
 
 

@@ -72,18 +72,18 @@ def _finite(value: Any) -> Any:
 
 
 class TensorBoard:
-    """Scalars as events, in the folder `tensorboard`.
+    """Scalars as events, in the folder `tensorboard`; those after `resumed_at` are withdrawn.
 
     Raises:
         OptionalPackageError: it is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int) -> None:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise _missing("tensorboard") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Every number."""
@@ -96,7 +96,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """An offline run in the folder `wandb`, for `wandb sync`.
+    """An offline run in the folder `wandb`, for `wandb sync`; each resume of a run adds one to its group.
 
     Raises:
         OptionalPackageError: it is not installed.
@@ -107,7 +107,9 @@ class Wandb:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise _missing("wandb") from error
-        self._run = wandb.init(mode="offline", dir=str(folder), config=dict(config), project="k25sys")
+        self._run = wandb.init(
+            mode="offline", dir=str(folder), config=dict(config), project="k25sys", group=folder.name
+        )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Every number."""
@@ -176,7 +178,7 @@ def open_writers(
     """Those of a run, on the rank that reports."""
     writers: list[Writer] = [JsonLines(folder / METRICS, resumed_at=resumed_at)]
     if options.tensorboard:
-        writers.append(TensorBoard(folder))
+        writers.append(TensorBoard(folder, resumed_at=resumed_at))
     if options.wandb:
         writers.append(Wandb(folder, config))
     if options.progress:

@@ -1,6 +1,9 @@
 """Weights out of a run's checkpoint: into another run, whatever its grid, or into one plain model."""
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from k25sys.checkpoint import distributed
 from k25sys.checkpoint.distributed import INDEX
 from k25sys.checkpoint.reshard import Piece
 from k25sys.checkpoint.safetensors import DTYPES, read_json
+from k25sys.checkpoint.store import LATEST
 from k25sys.errors import CheckpointError, listing
 from k25sys.models import KimiK25
 from k25sys.models.presets import preset
@@ -18,6 +22,7 @@ from k25sys.parallel import GridSizes, RankGrid
 from k25sys.training.parallelize import ParallelModel
 from k25sys.training.sharding_plan import plan
 
+PARTS = ("language_model", "vision_tower", "mm_projector")
 _WEIGHT_KEYS = ("master", "parameter", "bias")
 
 
@@ -37,24 +42,62 @@ def _stored(folder: Path) -> dict[str, tuple[str, torch.dtype]]:
     return found
 
 
-def load_weights(
-    folder: str | os.PathLike[str], grid: RankGrid, model: ParallelModel, optimizer: ZeroOptimizer
-) -> None:
-    """Weights of another run into this one's parameters and masters; its moments stay as they are. Collective.
+def stored_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration of the run that left this checkpoint, from its index alone.
 
     Raises:
-        CheckpointError: not intact, or of a model with other parameters.
+        CheckpointError: not of a run, or its index is damaged.
     """
-    folder = Path(folder)
-    stored = _stored(folder)
-    wanted: list[Piece] = []
+    try:
+        return read_json(Path(folder) / INDEX)["extra"]["extra"]["config"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{Path(folder) / INDEX}: has no configuration: not of a training run") from error
+
+
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of a run's folder, or of the one that holds them."""
+    folder = Path(path)
+    if folder.name == LATEST and folder.is_file():
+        folder = folder.parent
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if (folder / LATEST).is_file():
+        named = folder / (folder / LATEST).read_text(errors="replace").strip()
+        return named if named.parent == folder and named.is_dir() else folder
+    return folder
+
+
+def load_weights(
+    start_from: Sequence[str], grid: RankGrid, model: ParallelModel, optimizer: ZeroOptimizer
+) -> list[str]:  # fmt: skip
+    """Weights of other runs into this one's parameters and masters; its moments stay as they are. Collective.
+
+    Args:
+        start_from: FOLDER, or FOLDER:PATTERN for the weights whose released names match it (shell kind); where two have
+            a weight, the later one's counts. FOLDER may be a run's: its newest checkpoint then.
+
+    Returns:
+        The parts of the model, as "vision_tower", that none of them has: they stay as they are.
+
+    Raises:
+        CheckpointError: not intact, a pattern that matches nothing, or a part of the model of which some weights are
+            missing.
+    """
+    entries = [_Entry.read(each) for each in start_from]
+    wanted: list[list[Piece]] = [[] for _ in entries]
     filled: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def want(name: str, target: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
-        key, dtype = _key_of(folder, stored, name)
+        places = [place for place, entry in enumerate(entries) if name in entry.stored]
+        if not places:
+            having = [entry.folder for entry in entries if _part(name) in entry.parts]
+            if having:
+                raise CheckpointError(f"{having[-1]}: has weights of {_part(name)}, but no {name}")
+            return
+        key, dtype = entries[places[-1]].stored[name]
         loaded = torch.empty(target.shape, dtype=dtype)
         filled.append((target, loaded))
-        wanted.append(
+        wanted[places[-1]].append(
             Piece(name=name, key=key, layout=model.layouts[name], tensor=loaded, begin=begin, end=end)
         )  # fmt: skip
 
@@ -65,10 +108,41 @@ def load_weights(
     for name, parameter in {**model.parameters, **model.router_biases}.items():
         if name not in trained:
             want(name, parameter.detach())
-    distributed.load(folder, grid, wanted)
+    for entry, pieces in zip(entries, wanted, strict=True):
+        distributed.load(entry.folder, grid, pieces, partly=len(entries) > 1 or entry.pattern != "*")
     for target, loaded in filled:
         target.copy_(loaded)
     optimizer.publish()
+    return [part for part in PARTS if not any(part in entry.parts for entry in entries)]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One of checkpoint.start_from."""
+
+    folder: Path
+    pattern: str
+    stored: Mapping[str, tuple[str, torch.dtype]]
+    """Those of its weights that it is to give: see `_stored`."""
+
+    @property
+    def parts(self) -> set[str]:
+        """Of the model."""
+        return {_part(name) for name in self.stored}
+
+    @classmethod
+    def read(cls, text: str) -> "_Entry":
+        path, _, pattern = text.rpartition(":") if ":" in text else (text, "", "*")
+        folder = checkpoint_folder(path)
+        stored = _stored(folder)
+        chosen = {name: value for name, value in stored.items() if fnmatchcase(name, pattern)}
+        if not chosen:
+            raise CheckpointError(f"{folder}: no weight matches {pattern!r}; it has {listing(sorted(stored), most=3)}")
+        return cls(folder, pattern, chosen)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _key_of(folder: Path, stored: dict[str, tuple[str, torch.dtype]], name: str) -> tuple[str, torch.dtype]:
@@ -85,11 +159,7 @@ def load_model(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.flo
     """
     folder = Path(folder)
     stored, sizes = _stored(folder), GridSizes()
-    extra = read_json(folder / INDEX).get("extra", {})
-    try:
-        config = preset(extra["extra"]["config"]["preset"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: names no preset: not of a training run") from error
+    config = preset(str(stored_config(folder).get("preset")))
     with torch.device("meta"):
         model = KimiK25(config).to(dtype)
     model.to_empty(device="cpu")

@@ -1,5 +1,6 @@
 """Each recipe at each preset, from the command line."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from k25sys.data import ByteTokenizer
+from k25sys.data.trajectories import TASK_KINDS, generated_conversations
 from k25sys.errors import ConfigError
-from k25sys.recipes import find_recipe, recipes
+from k25sys.recipes import find_recipe, fusion_ablation, recipes
 from k25sys.recipes.fusion_ablation import Curve, draw, table
+from k25sys.training.loop import Trainer
 
 NAMES = ("vit", "vit-projector", "pretrain", "long_context", "sft")
 
@@ -90,6 +94,16 @@ def test_a_model_that_does_not_fit_is_planned() -> None:
         (["sft", "--set", "data.files=/nowhere.jsonl"], "No such file or directory"),
         (["pretrain", "--set", "data.tokenizer=/nowhere"], "No such file or directory"),
         (["pretrain", "--set", "checkpoint.start_from=/nowhere"], "index.json: missing"),
+        (["fusion_ablation", "--set", "seeds=0,a"], "seeds: got '0,a', accepted whole numbers"),
+        (["fusion_ablation", "--steps", "0"], "steps: got 0"),
+        (["fusion_ablation", "--set", "figure=/nowhere/a.svg"], "figure: got /nowhere/a.svg, accepted a file in"),
+        (
+            ["fusion_ablation", "--set", "data.vision_budget=0.4"],
+            "data.vision_budget: got 0.4, accepted above 0, at most 0.2",
+        ),
+        (["fusion_ablation", "--set", "validation.every=900"], "validation.every: got 900, accepted 1 to 240"),
+        (["fusion_ablation", "--set", "data.inject=0.1"], "--set: got data.inject"),
+        (["fusion_ablation", "--preset", "k25"], "--preset: got 'k25', accepted tiny, small"),
         (["pretrain", "--set", "pipeline.schedule=1f2b"], "accepted gpipe, 1f1b, interleaved_1f1b, zb_h1"),
     ],
 )
@@ -98,6 +112,32 @@ def test_what_cannot_be_ends_with_one_line(arguments: list[str], text: str, tmp_
     assert done.returncode == 1
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_arm_that_was_stopped_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_whole, done = Trainer.run, []
+
+    def stopped_in_the_second(trainer: Trainer, *, resume: bool = False) -> int:
+        done.append(trainer.output.name)
+        return run_whole(trainer, resume=resume) - (len(done) == 2)
+
+    monkeypatch.setattr(Trainer, "run", stopped_in_the_second)
+    settings = ["batch.sequences=1", "batch.sequence_length=320", "validation.batches=1", "seeds=4"]
+    arguments = argparse.Namespace(preset="tiny", steps=1, output=str(tmp_path), resume=False, set=settings)
+    assert "stopped when asked to, in mid-4; --resume goes on" in fusion_ablation.run(arguments)
+    assert done == ["early-4", "mid-4"]
+    assert not (tmp_path / "curves.json").exists()
+    monkeypatch.undo()
+    rows = fusion_ablation.run(argparse.Namespace(**{**vars(arguments), "resume": True})).splitlines()
+    assert [row.split()[0] for row in rows] == ["arm", "early", "mid", "late"]
+
+
+@pytest.mark.parametrize("preset_name", ["tiny", "small"])
+def test_a_sequence_of_sft_holds_any_conversation(preset_name: str, tmp_path: Path) -> None:
+    config = find_recipe("sft").config(preset_name)
+    source = generated_conversations(len(TASK_KINDS), 5, ByteTokenizer(), tmp_path / "conversations.jsonl", jobs=2)
+    lengths = [len(source.sample(index, 0).ids_S) for index in range(len(source))]
+    assert max(lengths) <= config.batch.sequence_length
 
 
 def test_the_ablations_table_and_figure(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The training loop: the same losses on any grid, resumed as if nothing had happened, ended when asked to."""
 
+import errno
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from k25sys.errors import CheckpointError, ConfigError, DivergenceError, GridError
 from k25sys.models.presets import preset
 from k25sys.parallel import RankGrid
+from k25sys.training import checkpointing
 from k25sys.training.config import (
     BatchOptions,
     CheckpointOptions,
@@ -23,7 +25,7 @@ from k25sys.training.config import (
     override,
 )
 from k25sys.training.loop import Trainer
-from k25sys.training.weights import load_model
+from k25sys.training.weights import checkpoint_folder, load_model
 from tests.parallel.processes import run_ranks
 from tests.training.toy_sources import toy_mixture
 
@@ -113,7 +115,40 @@ def test_a_folder_with_another_run_is_refused(whole: tuple[Path, dict[str, torch
         train(whole[0])
     with pytest.raises(ConfigError, match=r"seed=1, it was 0.*accepted the values that the run began with"):
         train(whole[0], "seed=1", resume=True)
+    with pytest.raises(ConfigError, match=r"optimizer.frozen=\['vision_tower.\*'\], it was \[\]"):
+        train(whole[0], "optimizer.frozen=vision_tower.*", resume=True)
+    with pytest.raises(ConfigError, match="steps: got 3, accepted at least 4, which the run has done"):
+        train(whole[0], "steps=3", resume=True)
+    with pytest.raises(ConfigError, match="steps=8, it was 4"):  # the injection would move
+        train(whole[0], "steps=8", "data.inject=0.5", resume=True)
+    ranks = (whole[0] / "ranks.json").read_text()
+    train(whole[0], resume=True)  # has nothing left to do
+    assert (whole[0] / "ranks.json").read_text() == ranks
     assert len(losses(whole[0])) == 4
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_save_that_fails_does_not_end_the_run(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, asynchronous: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    save_steps, calls = checkpointing.save_steps, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "no room")
+        return save_steps(*arguments)
+
+    monkeypatch.setattr(checkpointing, "save_steps", failing)
+    train(tmp_path, f"checkpoint.asynchronous={asynchronous}")
+    assert losses(tmp_path) == losses(whole[0])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-00000002: not saved: on rank 0: OSError: [Errno 28] no room" in line
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
+    calls.clear()
+    with pytest.raises(CheckpointError, match="step-00000001: not saved"):
+        train(tmp_path / "last", "steps=1", f"checkpoint.asynchronous={asynchronous}")
 
 
 def test_without_an_intact_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
@@ -161,14 +196,18 @@ def _resume_on_grid(folder: str) -> None:
     train(folder, "grid.pipeline=2", "vision.mode=dep", resume=True)
 
 
-def test_sigterm_saves_and_ends(whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_ends(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, number: signal.Signals
+) -> None:
     trainer = make_trainer(tmp_path)
-    _before_step(trainer, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    _before_step(trainer, 3, lambda: os.kill(os.getpid(), number))
     assert trainer.run() == 3
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000003\n"
     train(tmp_path, resume=True)
     assert losses(tmp_path) == losses(whole[0])
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def _before_step(trainer: Trainer, step: int, action: Callable[[], Any]) -> None:
@@ -224,7 +263,33 @@ def test_weights_of_another_run_begin_this_one(whole: tuple[Path, dict[str, torc
     later = make_trainer(tmp_path / "later", f"checkpoint.start_from={tmp_path / 'checkpoints' / 'step-00000001'}")
     later.run()  # from weights of which some were frozen and stored as they are
     with pytest.raises(CheckpointError, match=r"index\.json: missing"):
-        make_trainer(tmp_path / "none", f"checkpoint.start_from={tmp_path}").run()
+        make_trainer(tmp_path / "none", f"checkpoint.start_from={tmp_path / 'later' / 'profile'}").run()
+
+
+def test_parts_of_a_model_begin_from_several_runs(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen = "optimizer.frozen=*"
+    fresh = train(tmp_path / "fresh", "seed=3", "steps=1", frozen)
+    text = f"checkpoint.start_from={whole[0]}:language_model.*"
+    found = train(tmp_path / "text", "seed=3", "steps=1", frozen, text)
+    assert "no checkpoint.start_from has vision_tower, mm_projector: begun from the seed" in capsys.readouterr().err
+    both = train(tmp_path / "both", "seed=3", "steps=1", frozen, f"{text},{tmp_path / 'fresh'}:mm_projector.*")
+    for name, value in found.items():
+        assert torch.equal(value, (whole[1] if name.startswith("language_model.") else fresh)[name]), name
+        assert torch.equal(both[name], value)
+    assert capsys.readouterr().err.count("vision_tower: begun from the seed") == 1
+    with pytest.raises(CheckpointError, match=r"no weight matches 'vision\.\*'; it has "):
+        train(tmp_path / "a", f"checkpoint.start_from={whole[0]}:vision.*")
+    with pytest.raises(CheckpointError, match="has weights of language_model, but no language_model"):
+        train(tmp_path / "b", f"checkpoint.start_from={whole[0]}:*norm*")
+
+
+def test_a_folder_means_its_newest_checkpoint(whole: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    newest = whole[0] / "checkpoints" / "step-00000004"
+    for path in (whole[0], newest.parent, newest.parent / "latest", newest):
+        assert checkpoint_folder(path) == newest
+    assert checkpoint_folder(whole[0] / "nothing") == whole[0] / "nothing"
 
 
 def test_bf16_trains_with_float32_masters(tmp_path: Path) -> None:
@@ -255,6 +320,14 @@ def test_a_profile_has_a_range_for_each_action(tmp_path: Path) -> None:
         ("vision.mode=both", ConfigError, "vision.mode: got 'both', accepted stage0, dep"),
         ("precision=fp8", ConfigError, "precision: got 'fp8', accepted fp32, bf16"),
         ("steps=0", ConfigError, "steps: got 0, accepted an int >= 1"),
+        ("grid.tensor=0", ConfigError, "grid.tensor: got 0, accepted an int >= 1"),
+        ("pipeline.microbatches=0", ConfigError, "pipeline.microbatches: got 0, accepted an int >= 1"),
+        ("vision.ranks_per_node=0", ConfigError, "vision.ranks_per_node: got 0"),
+        ("validation.every=0", ConfigError, "validation.every: got 0"),
+        ("validation.every=1", ConfigError, "validation.every: got 1, accepted null: toy holds nothing out"),
+        ("report.profile_step=5", ConfigError, "report.profile_step: got 5, accepted 1 to 4"),
+        ("recipe=sft", ConfigError, "--set: got recipe, accepted the recipe's name"),
+        ("preset=small", ConfigError, "--set: got preset, accepted --preset"),
         ("grid.pipeline=2", GridError, "grid: got axes of 2 ranks, accepted 1; start as many processes"),
         ("pipeline.microbatches=3", GridError, "pipeline.microbatches: got 3, accepted a divisor of 4 sequences"),
     ],
@@ -268,7 +341,7 @@ def test_values_are_read_by_their_type() -> None:
     config = override(
         CONFIG,
         ["optimizer.learning_rate=1", "checkpoint.asynchronous=false", "optimizer.max_logit=null", "grid.data=2",
-         "optimizer.frozen=a.*,b", "data.files=", "checkpoint.start_from=x=y"],
+         "optimizer.frozen=a.*,b", "data.files=", "checkpoint.start_from=x=y,z:a.*"],
     )  # fmt: skip
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
@@ -277,4 +350,4 @@ def test_values_are_read_by_their_type() -> None:
     assert config.grid.data == 2
     assert config.optimizer.frozen == ("a.*", "b")
     assert config.data.files == ()
-    assert config.checkpoint.start_from == "x=y"
+    assert config.checkpoint.start_from == ("x=y", "z:a.*")
