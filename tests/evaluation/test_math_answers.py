@@ -91,6 +91,7 @@ def test_decimals() -> None:
         (r"\boxed{(1,2) \text{ or } (3,4)}", "(2,1), (3,4)", False), ("order", "der", False), ("and", "and", True),
         (r"\boxed{(a,b)=(1,2)}", "(1,2)", True), (r"\boxed{(a,b)=(1,2)}", "(2,1)", False),
         (r"\boxed{f(x)=x^2}", "x^2", True), (r"\boxed{f(x)=x^2}", "f(x) = x^2", True), (r"\boxed{x^2=y}", "x^2", False),
+        (r"\boxed{f(x)=x \text{ or } f(x)=x^2}", "x, x^2", True),
         (r"\boxed{\ln(x)}", r"\ln x", True), (r"\boxed{\ln(x+1)}", r"\ln x+1", False),
     ],
 )  # fmt: skip

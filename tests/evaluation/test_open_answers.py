@@ -29,6 +29,7 @@ def test_numbers_to_two_decimals_and_texts_within_phrases(reply: str, answer: st
     ("reply", "answer", "score"),
     [
         ("The first is 5, so the sum is 7", "7", 1), ("The first is 5, so the sum is 7", "5", 0),
+        ("The first is 5, so the sum is 7", "sum", 0),
         ("2 + 5 = 7", "7", 1), ("2 + 5 = 7", "2", 0), ("2 + 5 = 7 m\nas asked", "2", 1),  # "=" in the last line alone
         ("a valve is here\nand so a pump", "pump", 1), ("a valve is here\nand so a pump", "here", 1),
         ("a valve is here\nand so a pump", "valve", 0), ("It is ?\nnothing with a cue", "cue", 1),
