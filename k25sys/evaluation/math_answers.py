@@ -344,9 +344,7 @@ class _Arithmetic:
     def _power(self) -> Value:
         base = self._atom()
         if self._take("!"):
-            if self._next() == "!":
-                raise ValueError("a double factorial")
-            base = _factorial(base)
+            base = _factorial(base)  # n!! and 2^3!, read in two ways, leave a "!" over: no value
         if not self._take("^"):
             return base
         return _raised(base, self._group() if self._next() == "{" else self._signed_atom())
@@ -354,8 +352,6 @@ class _Arithmetic:
     def _signed_atom(self) -> Value:
         negative = self._take("-")
         found = self._atom()
-        if self._next() == "!":
-            raise ValueError("2^3!, which is read in two ways")
         return -found if negative else found
 
     def _atom(self) -> Value:
