@@ -2,11 +2,12 @@
 
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from k25sys.evaluation.matches import box_f1, is_box, markdown_table, read_boxes, table_f1
 from k25sys.evaluation.math_answers import final_answer, is_value, math_equal, numeric_equal
+from k25sys.evaluation.open_answers import MMMU_CUES, VIDEO_MMMU_CUES, open_match
 from k25sys.evaluation.rows import Row
 from k25sys.evaluation.scores import (
     anls,
@@ -91,6 +92,13 @@ def _open(reply: str, row: Row) -> float:
     return 1.0 if same else exact_match(final_answer(reply), _texts(row))
 
 
+def _mmmu(reply: str, row: Row, cues: Sequence[str]) -> float:
+    if row.num_choices:
+        return _choice(reply, row)
+    answers = row.answer if isinstance(row.answer, list) else [str(row.answer)]
+    return open_match(reply, answers, cues)
+
+
 def _braces(reply: str, row: Row) -> float:
     found = _BRACES.findall(reply)
     return exact_match(found[-1], _texts(row)) if found else 0.0
@@ -129,6 +137,14 @@ CHOICE = Rule(
 OPEN = Rule(
     metric="accuracy", answers=f"with choices a letter; else a number (with decimals, if any), or {_A_TEXT}",
     score=_open, takes=_is_open, instruction='Finish with a line "Answer: X", X being the letter or value you choose.',
+)  # fmt: skip
+MMMU = Rule(
+    metric="accuracy", answers=f"with choices a letter; else a number, compared to two decimals, or {_A_TEXT}",
+    score=lambda reply, row: _mmmu(reply, row, MMMU_CUES), takes=_is_open, instruction=OPEN.instruction,
+)  # fmt: skip
+VIDEO_MMMU = Rule(
+    metric=MMMU.metric, answers=MMMU.answers, score=lambda reply, row: _mmmu(reply, row, VIDEO_MMMU_CUES),
+    takes=_is_open, instruction=OPEN.instruction,
 )  # fmt: skip
 EXACT = Rule(
     metric="exact match", answers=_A_TEXT, score=lambda reply, row: exact_match(final_answer(reply), _texts(row)),

@@ -16,18 +16,18 @@ from k25sys.evaluation.math_answers import plain_number
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# A letter after "the answer is", "Answer:" or inside \boxed{}, bare or in brackets, bold or in \text{}. \uff1a is the
-# full-width colon, \u2019 an apostrophe. Repeats are bounded: replies may be degenerate.
+# A letter after "the answer is", "Answer:" or inside \boxed{}, bare or in brackets, bold, in backticks or in \text{}.
+# \uff1a is the full-width colon, \u2019 an apostrophe. Repeats are bounded: replies may be degenerate.
 _STATED = re.compile(
     r"(?:\b(?i:answer|option|choice)[*_]{0,4}\s{0,4}"
-    r"(?:(?i:is|should\ be|would\ be)\b\s{0,4}[*_]{0,4}[:\uff1a]?|[*_]{0,4}[:\uff1a])[*_\s$]{0,8}"
+    r"(?:(?i:is|should\ be|would\ be)\b\s{0,4}[*_]{0,4}[:\uff1a]?|[*_]{0,4}[:\uff1a])[*_\s$`]{0,8}"
     r"(?:\\boxed\{)?|\\boxed\{)\s{0,4}(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s{0,4}"
-    r"(?P<open>[(\[*]*)(?P<letter>[A-Za-z])(?![A-Za-z'\u2019\d])"
+    r"(?P<open>[(\[*`]*)(?P<letter>[A-Za-z])(?![A-Za-z'\u2019\d])"
 )
-_CLOSING = r"[)\]}*_$.:]*"
-_SECOND_LETTER = re.compile(_CLOSING + r"\s*(?:or\b|and\b|,|/|&)\s*[(\[]?[A-Z]\b")
+_CLOSING = r"[)\]}*_$`.:]*"
+_SECOND_LETTER = re.compile(_CLOSING + r"\s*(?:or\b|and\b|,|/|&)\s*[(\[*_`]{0,8}[A-Z](?![A-Za-z0-9])")
 _REST_OF_LINE = re.compile(_CLOSING + r"[ \t]*(?:\n|$)")
-_ALONE = re.compile(r"[(\[*]*(?P<letter>[A-Za-z])(?:[)\]*]+(?=\s|[.:]|$)|[.:]\s|[.:]?$)")
+_ALONE = re.compile(r"[(\[*`]*(?P<letter>[A-Za-z])(?:[)\]*`]+(?=\s|[.:]|$)|[.:]\s|[.:]?$)")
 _BRACKETED = re.compile(r"[(\[]([A-Z])[)\]]")
 
 

@@ -22,6 +22,18 @@ _TOOLS_AND_JUDGE = f"search and browsing tools, and {_JUDGE}"
 _REPOSITORY = "an agent with tools in a container of each repository, and its tests"
 _SANDBOX = "a sandbox that runs the programs it asks for against hidden tests"
 
+_VALUES = (
+    "no computer algebra: +-*/^, fractions, roots, pi, ln, n! (n <= 500) and binomials (n <= 4000) have values, and of "
+    "an equation the right side counts; all else (variables, e, i, log, trigonometry, |x|, floors, sums, \\pm, unions, "
+    "repeating decimals, \\choose)"
+)
+_NO_VALUE, _AS_LATEX = f"{_VALUES} has none, and is wrong", f"{_VALUES} must agree as LaTeX"
+_OPEN_DIFFERS = (
+    "open answers by the benchmark's rule, but of a reply that states its answer (a box, 'answer is', 'answer:') that "
+    "alone is read, and an equal value in another form is right; a letter counts where it is stated, a line of its own "
+    "or the only one in brackets, where the benchmark"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -116,10 +128,13 @@ def _reasoning() -> list[Task]:
         )
     ]
     return [
-        Task(name="aime-2025", title="AIME 2025", group=group, rule=rules.NUMBER, num_samples=64, reference=96.1),
+        Task(
+            name="aime-2025", title="AIME 2025", group=group, rule=rules.NUMBER, num_samples=64,
+            reference=96.1, remark=_NO_VALUE,
+        ),
         Task(
             name="hmmt-2025", title="HMMT 2025 (February)", group=group, rule=rules.MATH, num_samples=64,
-            reference=95.4, remark="no computer algebra: answers in variables must agree as LaTeX",
+            reference=95.4, remark=_AS_LATEX,
         ),
         *multiple_choice,
         *_refused(group, _JUDGE, (
@@ -174,8 +189,11 @@ def _image() -> list[Task]:
     by_rule = "answers are read out of replies by rule, not by a language model"
     return [
         image("mmmu-pro", "MMMU-Pro", rules.CHOICE, 78.5),
-        image("mmmu", "MMMU", rules.OPEN, 84.3, "a reply without an answer is wrong, where MMMU draws one at random"),
-        image("mathvision", "MathVision", rules.OPEN, 84.2, "no computer algebra"),
+        image(
+            "mmmu", "MMMU", rules.MMMU, 84.3,
+            f"{_OPEN_DIFFERS} takes the last between spaces, else an option's text, else draws one at random",
+        ),
+        image("mathvision", "MathVision", rules.OPEN, 84.2, _AS_LATEX),
         image("mathvista", "MathVista", rules.OPEN, 90.1, by_rule),
         image("zerobench", "ZeroBench", rules.BRACES, 9.0),
         image("blink", "BLINK", rules.CHOICE, 78.9),
@@ -195,20 +213,24 @@ def _image() -> list[Task]:
 
 
 def _video() -> list[Task]:
-    def video(name: str, title: str, rule: Rule, reference: float, *, is_long: bool) -> Task:
+    def video(name: str, title: str, rule: Rule, reference: float, *, is_long: bool, remark: str = "") -> Task:
         return Task(
             name=name, title=title, group="video", rule=rule, num_samples=3, max_tokens=_MEDIA_TOKENS,
-            reference=reference, frames=2048 if is_long else 128, frame_side=448 if is_long else 896,
+            reference=reference, frames=2048 if is_long else 128, frame_side=448 if is_long else 896, remark=remark,
         )  # fmt: skip
 
     return [
-        video("videommmu", "VideoMMMU", rules.OPEN, 86.6, is_long=False),
+        video(
+            "videommmu", "VideoMMMU", rules.VIDEO_MMMU, 86.6, is_long=False,
+            remark=f"{_OPEN_DIFFERS} takes the last before a sign or a space, else an option's text; an empty reply is "
+            "wrong, where the benchmark leaves it out",
+        ),
         video("motionbench", "MotionBench", rules.CHOICE, 70.4, is_long=False),
         video("video-mme", "Video-MME", rules.CHOICE, 87.4, is_long=True),
         video("longvideobench", "LongVideoBench", rules.CHOICE, 79.8, is_long=True),
         video("lvbench", "LVBench", rules.CHOICE, 75.9, is_long=True),
         *_refused("video", f"{_JUDGE} (a part of its questions)", [("mmvu", "MMVU", 80.4)], 3),
-    ]
+    ]  # fmt: skip
 
 
 def _computer_use() -> list[Task]:

@@ -60,6 +60,7 @@ def test_average_standard_error_and_report() -> None:
     assert written["reference"]["score"] == 96.1
     assert written["items"][0]["replies"][0] == {"text": r"\boxed{7}", "num_tokens": 9, "is_complete": True}
     assert written["remarks"] == [
+        find_task("aime-2025").remark,
         "num_samples 2 instead of 64", "max_tokens 100 instead of 98304", "1 of 6 replies were cut at max_tokens",
     ]  # fmt: skip
 
@@ -83,6 +84,14 @@ TABLE = [{"City": "Rome", "People": "2.8"}, {"City": "Oslo", "People": "0.7"}]
         ("gpqa-diamond", row("p", "C", num_choices=4), "Answer: C", 1),
         ("mmmu", row("p", "C", num_choices=4), "Answer: D", 0),
         ("mmmu", row("p", ["Rome", "Roma"]), "Answer: roma.", 1),
+        ("mmmu", row("p", 1.33), "Answer: 1.333", 1),
+        ("mmmu", row("p", "1.33"), "Answer: 1.34", 0),
+        ("mmmu", row("p", "mitral valve"), "the mitral valve stenosis", 1),
+        ("mmmu", row("p", "3"), "of 3 segments there are 4", 1),
+        ("videommmu", row("p", "3"), "of 3 segments there are 4", 0),
+        ("videommmu", row("p", "C", num_choices=4), "Answer: `C`", 1),
+        ("mathvision", row("p", 1.33), "Answer: 1.333", 0),
+        ("aime-2025", row("p", "73"), r"\boxed{m+n=73}", 1),
         ("mathvista", row("p", 1.25, decimals=1), "Answer: 1.2", 1),
         ("mathvista", row("p", 1.25), "Answer: 1.2", 0),
         ("zerobench", row("p", "12.5"), "{1} or rather {12.5}", 1),

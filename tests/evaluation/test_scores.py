@@ -42,6 +42,10 @@ def test_exact_match(prediction: str, answer: str, score: float) -> None:
         ("The correct choice is **(B) foo**", "B"), ("I think (C) is right", "C"), ("Answer\uff1aD", "D"),
         ("Answer: A. No, wait.\nThe answer is B.", "B"), ("It is long.\n\nB", "B"), ("Answer: B because of A", "B"),
         ("The final answer is (D).", "D"), ("(A) or (A)?", "A"),
+        ("Answer: `B`", "B"), ("Answer: **B**", "B"), ("**Answer:** **`B`**", "B"), ("the answer is `b`.", "B"),
+        ("`B`", "B"), ("It is long.\n\n`C`.", "C"), ("Answer: `(C)`", "C"), ("Answer:\n```\nD\n```", "D"),
+        ("Answer: `B` because of A", "B"), ("`B` or `C`", None), ("Answer: `A` or `B`", None), ("Answer: `E`", None),
+        ("Answer: **A** and **C**", None), ("Answer: `Blue`", None), ("Answer: `a dog`", None),
         ("", None), ("the answer is not B", None), ("The answer is a dog", None), ("A or B", None), ("A, B", None),
         ("the answer is B or C", None), ("Answer: A. The answer is B or C", None), ("The answer is I think so", None),
         ("A dog", None), ("(A) or (B)", None), ("Answer: E", None), ("Answer: Blue", None), (r"\boxed{AB}", None),
@@ -61,7 +65,19 @@ def test_the_ninth_letter_is_also_a_word() -> None:
 def test_every_letter_in_every_form(num_choices: int, data: st.DataObject) -> None:
     letter = data.draw(st.sampled_from(string.ascii_uppercase))
     form = data.draw(
-        st.sampled_from(["{}", "({})", "Answer: {}", "the answer is ({}).", r"Hence \boxed{{{}}}", "**{}**"])
+        st.sampled_from(
+            [
+                "{}",
+                "({})",
+                "`{}`",
+                "Answer: `{}`",
+                "Answer: **{}**",
+                "Answer: {}",
+                "the answer is ({}).",
+                r"Hence \boxed{{{}}}",
+                "**{}**",
+            ]
+        )
     )
     offered = letter in string.ascii_uppercase[:num_choices]
     assert choice_letter(form.format(letter), num_choices) == (letter if offered else None)
