@@ -170,6 +170,7 @@ def test_names_are_new(media: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [learnt(source.sample(0, 0)) for source in found[:-1]] == [f"{name}[EOS]" for name in names]
     Mixture([MixedSource(source, 1.0) for source in found])
+    assert [source.name for source in opened(files[6], files[0])] == ["x-held-out", "x-2"]
 
 
 def test_no_source_of_the_corpus_shares_a_name_with_a_file(tmp_path: Path) -> None:
