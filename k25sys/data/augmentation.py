@@ -9,10 +9,11 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 
 import numpy as np
 
-from k25sys.data.boxes import Box, Point, hull
+from k25sys.data.boxes import Box, Point, hull, read_boxes, read_points, replace_marks
 from k25sys.data.geometry import CELL
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, OptionalPackageError, message
 
@@ -203,6 +204,41 @@ def plan_augmentation(
     )
     is_flipped = bool(rng.random() < settings.flip) and can_flip
     return AugmentationPlan(crop=(x0, y0, x1, y1), resized=resized, is_flipped=is_flipped, offset=offset, canvas=canvas)
+
+
+def plan_for_text(
+    settings: Augmentation, size: tuple[int, int], text: str, *, seed: int, index: int, epoch: int,
+    can_crop: bool = True, has_writing: bool = False,
+) -> tuple[AugmentationPlan, str]:  # fmt: skip
+    """A plan under which what `text` says of the picture stays true, and the text, its boxes and points moved along.
+
+    Args:
+        settings, size, seed, index, epoch: as in `plan_augmentation`.
+        text: as `boxes` writes them, its boxes and points are never cropped. Where it tells left from right, nothing is
+            mirrored.
+        can_crop: False where it counts, or speaks of the picture as a whole.
+        has_writing: nothing is cropped, mirrored or made smaller.
+    """
+    height, width = size
+    points = (Box(floor(p.x), floor(p.y), floor(p.x) + 1, floor(p.y) + 1) for p in read_points(text, size))
+    marks = [*read_boxes(text, size), *(point.clipped(Box(0, 0, width, height)) for point in points)]
+    keep = [mark for mark in marks if mark.area > 0] if can_crop and not has_writing else [Box(0, 0, width, height)]
+    plan = plan_augmentation(
+        settings, size, seed=seed, index=index, epoch=epoch, keep=keep, can_shrink=not has_writing,
+        can_flip=not has_writing and not mentions_sides(text),
+    )  # fmt: skip
+
+    def moved_box(box: Box) -> Box:
+        moved = plan.map_box(box, kept_area=1.0)
+        assert moved is not None
+        return moved
+
+    def moved_point(point: Point) -> Point:
+        moved = plan.map_point(point)
+        assert moved is not None
+        return moved
+
+    return plan, replace_marks(text, size, plan.canvas, moved_box, moved_point)
 
 
 def mentions_sides(text: str) -> bool:

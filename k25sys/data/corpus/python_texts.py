@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from k25sys.data.corpus.part import Part
 from k25sys.data.sources.text import TextDocuments, TextFiles
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import OptionalPackageError, message
@@ -34,15 +35,19 @@ def python_topics(tokenizer: Tokenizer) -> TextDocuments:
     return TextDocuments("python-topics", tokenizer, [topics[name].strip() for name in sorted(topics)])
 
 
-def python_code(tokenizer: Tokenizer) -> TextFiles:
+def python_code(tokenizer: Tokenizer, part: Part = Part.WHOLE) -> TextFiles:
     """Modules of the standard library, those of middle size, sorted by path."""
-    return TextFiles("python-code", tokenizer, _modules((".", *_PACKAGES)))
+    return TextFiles(part.name("python-code"), tokenizer, part.of(_modules((".", *_PACKAGES))))
 
 
-def python_functions(tokenizer: Tokenizer) -> TextDocuments:
-    """Functions and methods of modules of the standard library: where one is from, its docstring, its code without."""
-    documents = [text for file in _modules((".",)) for text in _functions(file)]
-    return TextDocuments("python-functions", tokenizer, documents)
+def python_functions(tokenizer: Tokenizer, part: Part = Part.WHOLE) -> TextDocuments:
+    """Functions and methods of modules of the standard library: where one is from, its docstring, its code without.
+
+    A part has those of the modules that `python_code` has of it.
+    """
+    modules = set(part.of(_modules((".", *_PACKAGES))))
+    documents = [text for file in _modules((".",)) if file in modules for text in _functions(file)]
+    return TextDocuments(part.name("python-functions"), tokenizer, documents)
 
 
 def _modules(packages: tuple[str, ...]) -> list[Path]:

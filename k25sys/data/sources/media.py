@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
-from k25sys.data.augmentation import Augmentation, AugmentationPlan, plan_augmentation
-from k25sys.data.geometry import PATCH, RELEASED_LIMITS, MediaLimits, plan_image, video_grids, video_timestamps
+from k25sys.data.augmentation import AugmentationPlan
+from k25sys.data.geometry import (
+    PATCH,
+    RELEASED_LIMITS,
+    MediaLimits,
+    ResizePlan,
+    plan_image,
+    video_grids,
+    video_timestamps,
+)
 from k25sys.data.images import Source as File
 from k25sys.data.images import normalised_patches, preprocess_image, read_image, read_image_size, source_name
 from k25sys.data.sample import MediaItem
@@ -64,38 +72,22 @@ class MediaFiles:
         self._clips: LatestUsed[tuple[list[tuple[int, int, int]], list[str]]] = LatestUsed(_METADATA_KEPT)
         self._decoded: LatestUsed[tuple[Tensor, Tensor]] = LatestUsed(1)
 
-    def image(
-        self,
-        reference: Any,
-        augmentation: Augmentation | None = None,
-        *,
-        seed: int = 0,
-        index: int = 0,
-        epoch: int = 0,
-        can_flip: bool = True,
-        can_shrink: bool = True,
-    ) -> Clip:
-        """A picture, from its header. The other arguments are those of `plan_augmentation`.
+    def size(self, reference: Any) -> tuple[int, int]:
+        """(height, width) of a picture as it is brought to, before padding. Raises as `read_image_size`."""
+        return self._plan(reference).resized
 
-        Raises as `read_image_size`.
-        """
-        known = json.dumps(reference)
-        height, width = self._sizes.get(known, lambda: read_image_size(self._open(reference), self.limits))
-        plan = plan_image(height, width, self.limits)
-        grid = (1, *plan.patches)
+    def image(self, reference: Any, changes: AugmentationPlan | None = None) -> Clip:
+        """A picture, from its header, with `changes` to it as it is at its `size`. Raises as `read_image_size`."""
+        grid = (1, *self._plan(reference).patches)
         key: dict[str, Any] = {"image": reference, "grid": grid}
-        if augmentation is not None:
-            changes = plan_augmentation(
-                augmentation,
-                plan.resized,
-                seed=seed,
-                index=index,
-                epoch=epoch,
-                can_flip=can_flip,
-                can_shrink=can_shrink,
-            )
+        if changes is not None:
             key["augmentation"] = changes.key
         return Clip(kind="image", item=MediaItem(grid=grid, source=self.source, key=_written(key)))
+
+    def _plan(self, reference: Any) -> ResizePlan:
+        known = json.dumps(reference)
+        height, width = self._sizes.get(known, lambda: read_image_size(self._open(reference), self.limits))
+        return plan_image(height, width, self.limits)
 
     def video(self, reference: Any) -> list[Clip]:
         """The clips of a video, from its packets and its first frame. Raises as `read_video_info`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from k25sys.data.augmentation import Augmentation, mentions_sides
+from k25sys.data.augmentation import Augmentation, plan_for_text
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
 from k25sys.data.sample import Sample, check_position, fingerprint_of
 from k25sys.data.sources.document import Clip, GivenText, document
@@ -41,12 +41,14 @@ class Captioned:
     Attributes:
         media: how the source finds it: its path, from the source's folder.
         text: the caption.
-        has_writing: it shows writing, which augmentation must not mirror or make smaller.
+        has_writing: it shows writing, which augmentation must not crop, mirror or make smaller.
+        can_crop: a part of the picture still shows what the caption says.
     """
 
     media: Any
     text: str
     has_writing: bool = False
+    can_crop: bool = True
 
 
 class MediaDocuments(ABC):
@@ -124,8 +126,8 @@ class ImageTextPairs(MediaDocuments):
         pairs: in memory, or read by position.
         folder: where the paths of pictures begin.
         limits: bounds on their sizes.
-        augmentation: how far pictures may be changed in each pass; None leaves them. Where the caption tells left from
-            right, or the pair has writing, nothing is mirrored.
+        augmentation: how far pictures may be changed in each pass; None leaves them. A caption stays true, as far as
+            `plan_for_text` and the pair say; its boxes and points are moved along.
         seed: other seeds give other changes.
 
     Raises:
@@ -196,16 +198,13 @@ class ImageTextPairs(MediaDocuments):
         return source
 
     def _parts(self, item: Captioned, index: int, epoch: int) -> list[str | GivenText | Clip]:
-        picture = self._media.image(
-            item.media,
-            self._augmentation,
-            seed=self._seed,
-            index=index,
-            epoch=epoch,
-            can_flip=not item.has_writing and not mentions_sides(item.text),
-            can_shrink=not item.has_writing,
-        )
-        return [picture, item.text]
+        if self._augmentation is None:
+            return [self._media.image(item.media), item.text]
+        changes, text = plan_for_text(
+            self._augmentation, self._media.size(item.media), item.text, seed=self._seed, index=index, epoch=epoch,
+            can_crop=item.can_crop, has_writing=item.has_writing,
+        )  # fmt: skip
+        return [self._media.image(item.media, changes), text]
 
 
 class VideoText(MediaDocuments):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from k25sys.data.augmentation import Augmentation, mentions_sides
+from k25sys.data.augmentation import Augmentation, plan_for_text
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
 from k25sys.data.sources.document import Clip, GivenText
 from k25sys.data.sources.fingerprint import files_digest
@@ -42,8 +42,8 @@ class WebDataset(MediaDocuments):
         text_suffix: what names the caption: txt, or json for `json_field` of an object.
         json_field: see text_suffix.
         limits: bounds on the pictures' sizes.
-        augmentation: how far pictures may be changed in each pass; None leaves them. Where the caption tells left from
-            right, nothing is mirrored.
+        augmentation: how far pictures may be changed in each pass; None leaves them. A caption stays true, as far as
+            `plan_for_text` says; its boxes and points are moved along.
         seed: other seeds give other changes.
 
     Raises:
@@ -75,11 +75,12 @@ class WebDataset(MediaDocuments):
         self._augmentation, self._seed = augmentation, seed
 
     def _parts(self, item: Captioned, index: int, epoch: int) -> list[str | GivenText | Clip]:
-        can_flip = not mentions_sides(item.text)
-        picture = self._media.image(
-            item.media, self._augmentation, seed=self._seed, index=index, epoch=epoch, can_flip=can_flip
+        if self._augmentation is None:
+            return [self._media.image(item.media), item.text]
+        changes, text = plan_for_text(
+            self._augmentation, self._media.size(item.media), item.text, seed=self._seed, index=index, epoch=epoch
         )
-        return [picture, item.text]
+        return [self._media.image(item.media, changes), text]
 
 
 def caption_suffix(shard: str | os.PathLike[str]) -> str:
