@@ -1,7 +1,7 @@
 """What data sources give: documents as tokens with a loss mask, and their media as metadata, to be decoded later."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -61,7 +61,10 @@ class Sample:
 
 
 class Source(Protocol):
-    """A finite collection of documents that can be read in any order: position is all there is to resume."""
+    """A finite collection of documents that can be read in any order: position is all there is to resume.
+
+    One whose documents may change between a run and its resume, as those of files may, is `Fingerprinted` as well.
+    """
 
     @property
     def name(self) -> str:
@@ -87,6 +90,24 @@ class Source(Protocol):
     def pixels(self, key: str) -> Tensor:
         """(t h w, 3, 14, 14) float32 of a MediaItem of this source. In any process."""
         ...
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """What can tell whether its documents are those of before."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one where the documents are others, as far as can be told without reading all of them.
+
+        Made once, so that it costs nothing to ask for; "": cannot tell.
+        """
+        ...
+
+
+def fingerprint_of(documents: object) -> str:
+    """The fingerprint of a source, or of the sequence that one reads; "" where it has none."""
+    return documents.fingerprint if isinstance(documents, Fingerprinted) else ""
 
 
 def check_position(op: str, index: Any, length: int, epoch: Any) -> None:

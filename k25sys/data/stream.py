@@ -14,7 +14,7 @@ import numpy as np
 from k25sys.data.mixture import GROUPS, Deficits, Group, MixedSource, Mixture, tokens_text
 from k25sys.data.packing import PackedSequence, Packer, num_positions
 from k25sys.data.permutation import Permutation
-from k25sys.data.sample import Sample
+from k25sys.data.sample import Sample, fingerprint_of
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, DataError, message
 
 
@@ -70,9 +70,17 @@ class TokenStream:
     stream in each epoch, and small sources are spread over all streams in time.
 
     A text document is cut where a sequence ends and goes on in a later one. A document with media is never cut: where
-    it does not fit, text fills the sequence, or padding where the mixture has no text. A document with media of more
-    than `sequence_length` positions, or one of fewer than two tokens, is skipped and counted: one odd picture must
-    not end a run. Where media documents are of nearly `sequence_length`, a large vision share cannot be reached.
+    it does not fit, text fills the sequence, or padding where the mixture has no text. Where media documents are of
+    nearly `sequence_length`, a large vision share cannot be reached.
+
+    Skipped and counted are sound documents that cannot be used: with media of more than `sequence_length` positions,
+    or of fewer than two tokens. Faulty ones are not skipped: a line that is no JSON or lacks its field, a file that is
+    missing, a picture whose header cannot be read are found when the document is drawn, which may be late in a run,
+    and end it there with an error that names source and document. A picture that is faulty behind its header ends it
+    when its pixels are decoded.
+
+    A state holds the fingerprints of the sources, so that a run is not resumed on files that are not those of before:
+    mending a file means to begin anew, from the weights if not from the start.
 
     What vision is owed moves within the size of a document, as it must; where within, from below 0 to above, depends
     on b: so the errors of rounding to whole documents cancel over the streams, and vision documents of all streams do
@@ -171,12 +179,15 @@ class TokenStream:
         """Goes on behind what the stream had given at `state`.
 
         Raises:
-            ValueError: a state of another stream or mixture, or no state at all; the stream stays as it was.
+            ValueError: a state of another stream or mixture, or no state at all; a source whose files changed; the
+                stream stays as it was.
         """
         wanted, got = self._identity(), state.get("stream") if isinstance(state, Mapping) else None
         if not isinstance(got, Mapping):
             raise _state_error(repr(state)[:80])
         for name, value in wanted.items():
+            if name == "sources":
+                _check_fingerprints(got.get(name), value)
             if got.get(name) != value:
                 hint = "this state is of another run; start anew, or with the same data and settings"
                 raise DataError(message("TokenStream.restore", name, got.get(name), value, hint))
@@ -195,6 +206,7 @@ class TokenStream:
             {
                 "name": mixed.name,
                 "documents": len(mixed.source),
+                "fingerprint": fingerprint_of(mixed.source),
                 "vision": mixed.source.has_media,
                 "weight": mixed.weight,
                 "max_epochs": mixed.max_epochs,
@@ -345,6 +357,19 @@ class TokenStream:
         if self._now.sequences * self.sequence_length < self._inject_at:
             hint += f"; vision begins only at token {self._inject_at}"
         raise DataError(message("TokenStream.next", "mixture", got, "documents for the whole run", hint))
+
+
+def _check_fingerprints(got: Any, wanted: list[dict[str, Any]]) -> None:
+    """Raises DataError where sources of one name differ in what they say of their files."""
+    sources = [entry for entry in got if isinstance(entry, Mapping)] if isinstance(got, list) else []
+    for entry in wanted:
+        before = [source.get("fingerprint") for source in sources if source.get("name") == entry["name"]]
+        if before and before[0] != entry["fingerprint"]:
+            got, hint = repr(before[0]), "its files changed since this state was saved: bring back those of then"
+            if not before[0]:
+                got, hint = "none in this state", "whether its files changed since then cannot be told"
+            argument, accepted = f"fingerprint of source {entry['name']!r}", repr(entry["fingerprint"])
+            raise DataError(message("TokenStream.restore", argument, got, accepted, f"{hint}, or start anew"))
 
 
 def _natural(value: Any) -> int:

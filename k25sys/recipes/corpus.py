@@ -1,13 +1,13 @@
 """What the recipes read: the sample corpus and drawn pictures, which need no network, or a user's files."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from k25sys.data import MixedSource, Mixture, Source, Tokenizer, hold_out
 from k25sys.data.augmentation import Augmentation
 from k25sys.data.corpus import Part, sample_corpus
 from k25sys.data.drawn import DRAWN_KINDS, DrawnPictures
-from k25sys.data.sources import JsonLines, TextFiles
+from k25sys.data.geometry import MediaLimits
+from k25sys.data.sources.files import open_files
 from k25sys.training.config import RunConfig
 
 _WEIGHTS = {"python-topics": 4.0, "python-code": 4.0, "python-functions": 2.0, "photographs": 4.0}
@@ -37,25 +37,36 @@ def _weighted(sources: Sequence[Source]) -> list[tuple[Source, float]]:
 
 def _sample_corpus(run: RunConfig, tokenizer: Tokenizer, part: Part) -> list[Source]:
     """A part of the corpus; files in data.files take the place of its text."""
-    # A story of four pictures, or of a video, must fit a sequence with all its text, which bytes make long.
-    length = run.batch.sequence_length
-    patches = min(4096, length) if length >= 4096 else max(16, length // 8)
-    corpus = sample_corpus(tokenizer, max_patches=patches, augmentation=Augmentation(), seed=run.seed, part=part)
+    corpus = sample_corpus(
+        tokenizer, max_patches=_max_patches(run), augmentation=Augmentation(), seed=run.seed, part=part
+    )
     return [source for source in corpus if source.has_media or not run.data.files]
 
 
+def _max_patches(run: RunConfig) -> int:
+    """Of a picture. A story of four, or of a video, must fit a sequence with all its text, which bytes make long."""
+    length = run.batch.sequence_length
+    return min(4096, length) if length >= 4096 else max(16, length // 8)
+
+
 def _drawn_and_files(run: RunConfig, tokenizer: Tokenizer) -> list[Source]:
-    """Pictures that are drawn, and the user's files: .jsonl has {"text": ...} a line, anything else is a document."""
+    """Pictures that are drawn, and the user's files."""
     drawn = [
         DrawnPictures(kind, tokenizer, seed=run.seed, length=_DRAWN, augmentation=Augmentation())
         for kind in DRAWN_KINDS
     ]
-    return [*drawn, *text_of_files(run.data.files, tokenizer)]
+    files = sources_of_files(
+        run.data.files, tokenizer, max_patches=_max_patches(run), augmentation=Augmentation(), seed=run.seed
+    )
+    return [*drawn, *files]
 
 
-def text_of_files(files: Sequence[str], tokenizer: Tokenizer) -> list[Source]:
-    """A source for each JSON Lines file, and one for all others together."""
-    lines = [file for file in files if Path(file).suffix == ".jsonl"]
-    others = [file for file in files if Path(file).suffix != ".jsonl"]
-    found: list[Source] = [JsonLines(Path(file).stem, tokenizer, file) for file in lines]
-    return [*found, TextFiles("files", tokenizer, others)] if others else found
+def sources_of_files(
+    files: Sequence[str], tokenizer: Tokenizer, *, max_patches: int, augmentation: Augmentation, seed: int
+) -> list[Source]:
+    """The user's files by what is in them, see `open_files`, under other names than those of the corpus."""
+    corpus = ("python-topics", "python-code", "python-functions", "photographs", "picture-stories", "digits", "videos")
+    return open_files(
+        files, tokenizer, limits=MediaLimits(padded_patches=max_patches), augmentation=augmentation, seed=seed,
+        taken=[*corpus, *(f"drawn-{kind}" for kind in DRAWN_KINDS)],
+    )  # fmt: skip

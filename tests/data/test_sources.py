@@ -325,6 +325,11 @@ FAULTY_LINES = {
     "loss": ('{"text": [{"text": "a", "loss": 0}]}', r"d.jsonl:4, text\[0\]"),
     "misspelt": ('{"text": [{"text": "a", "los": false}]}', r"d.jsonl:4, text\[0\]"),
     "media": ('{"text": [{"image": "a.png"}]}', "d.jsonl:4: .*Interleaved"),
+    "image": (
+        '{"text": "a", "image": "a.png"}',
+        "d.jsonl:4: got the field 'image', accepted 'text' and none that names",
+    ),
+    "videos": ('{"text": "a", "image": null, "videos": ["v"]}', "d.jsonl:4: got the field 'videos'"),
 }
 
 
@@ -368,6 +373,18 @@ def test_faulty_media_name_file_and_line(tmp_path: Path, folder: Path) -> None:
         ImageTextPairs.from_folder("d", BYTES, tmp_path)
     with pytest.raises(ArgumentValueError, match="folder: got none"):
         ImageTextPairs.from_folder("d", BYTES, write_lines(tmp_path / "sub"))
+
+
+def test_media_in_two_fields_are_not_passed_over(tmp_path: Path) -> None:
+    pair = {"image": "a.png", "video": None, "images": [], "text": "a"}
+    file = write_lines(tmp_path / "d.jsonl", {**pair, "video": "v.mp4"}, {**pair, "image": "gone.png"})
+    source = ImageTextPairs.from_json_lines("d", BYTES, file)
+    for index, expected in enumerate(("d.jsonl:1: got the field 'video', accepted 'image' and", "d.jsonl:2: .*gone")):
+        with pytest.raises(FileFormatError, match=expected):
+            source.sample(index, 0)
+    file = write_lines(tmp_path / "d.jsonl", {"parts": ["a"], "image": "a.png"})
+    with pytest.raises(FileFormatError, match=r"d.jsonl:1: got the field 'image', accepted 'parts' and"):
+        Interleaved.from_json_lines("d", BYTES, file).sample(0, 0)
 
 
 def test_a_file_that_was_changed(tmp_path: Path) -> None:

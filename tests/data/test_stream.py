@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k25sys.data import Loader, MixedSource, Mixture
+from k25sys.data import Loader, MixedSource, Mixture, TokenStream
 from k25sys.data.permutation import Permutation
 from k25sys.errors import ArgumentTypeError, ArgumentValueError, DataError, DataWorkerError
 from tests.data.toy_sources import (
     BrokenSource,
+    PrintedSource,
     ToySource,
     document_of,
     plain,
@@ -156,6 +157,47 @@ def test_another_streams_state_and_damaged_ones_are_refused() -> None:
         with pytest.raises(DataError, match=r"TokenStream\.restore"):
             stream.restore(state)
         assert stream.state() == good
+
+
+def printed(fingerprint: str, lengths: tuple[int, ...] = (30, 9)) -> TokenStream:
+    sources = [ToySource(0, [20, 30]), PrintedSource(1, lengths, fingerprint)]
+    (stream,) = toy_streams(Mixture([MixedSource(source, 1.0) for source in sources]), [0], 1)
+    return stream
+
+
+def test_a_source_whose_files_changed_is_named() -> None:
+    stream = printed("abc")
+    stream.next()
+    state = json.loads(json.dumps(stream.state()))
+    same = printed("abc")
+    same.restore(state)
+    assert plain(same.next()) == plain(stream.next())
+    for other in (printed("abd"), printed("abd", (30, 9, 7)), printed("")):
+        before = other.state()
+        says = r"restore: fingerprint of source 'toy1': got 'abc', accepted '(abd)?'; its files changed since .* anew"
+        with pytest.raises(DataError, match=says):
+            other.restore(state)
+        assert other.state() == before
+    with pytest.raises(DataError, match=r"TokenStream\.restore: sources: got .*another run"):
+        printed("abc", (30, 9, 7)).restore(state)
+
+
+def test_a_state_that_says_nothing_of_files_is_refused() -> None:
+    stream = printed("abc")
+    says = r"fingerprint of source 'toy1': got none in this state, accepted 'abc'; whether its files changed .* told"
+    for old in (None, ""):
+        state = stream.state()
+        for entry in state["stream"]["sources"]:
+            entry["fingerprint"] = old
+            if old is None:
+                del entry["fingerprint"]
+        with pytest.raises(DataError, match=says if old == "" else "fingerprint of source 'toy0': got none"):
+            stream.restore(state)
+    for damaged in (None, 3, "sources", [None], [["name"]], [{"name": []}], {"name": "toy1"}):
+        state = stream.state()
+        state["stream"]["sources"] = damaged
+        with pytest.raises(DataError, match=r"TokenStream\.restore: sources: got"):
+            stream.restore(state)
 
 
 def test_a_run_without_injection_may_be_made_longer() -> None:

@@ -42,6 +42,14 @@ class ToySource:
         raise AssertionError(f"streams decode nothing, and ask for {key}")
 
 
+class PrintedSource(ToySource):
+    """Says that its documents are those of `fingerprint`."""
+
+    def __init__(self, number: int, lengths: Sequence[int], fingerprint: str) -> None:
+        super().__init__(number, lengths)
+        self.fingerprint = fingerprint
+
+
 class BrokenSource(ToySource):
     """Fails at one document, until it is mended."""
 

@@ -1,6 +1,7 @@
 """Media of a source: their grids from metadata, keys as JSON, pixels by key."""
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -96,6 +97,14 @@ class MediaFiles:
             key = _written({"video": reference, "clip": number, "grid": grid})
             clips.append(Clip(kind="video", item=MediaItem(grid=grid, source=self.source, key=key), time=time))
         return clips
+
+    def file_size(self, reference: Any) -> int | None:
+        """Bytes of the file; None where there is none at the moment, or where it is no file of its own."""
+        file = self._open(reference)
+        try:
+            return os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else None
+        except (OSError, ValueError):
+            return None
 
     def pixels(self, key: str) -> Tensor:
         """(t h w, 3, 14, 14) float32 in [-1, 1].

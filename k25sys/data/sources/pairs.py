@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from k25sys.data.augmentation import Augmentation, plan_for_text
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
-from k25sys.data.sample import Sample, check_position
+from k25sys.data.sample import Sample, check_position, fingerprint_of
 from k25sys.data.sources.document import Clip, GivenText, document
+from k25sys.data.sources.fingerprint import spread, texts_digest
 from k25sys.data.sources.media import MediaFiles
 from k25sys.data.sources.records import (
     ConvertedRecords,
@@ -25,6 +26,7 @@ from k25sys.data.sources.records import (
     place,
     read_parts,
     read_text,
+    refuse_media,
 )
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import ArgumentValueError, FileFormatError, message
@@ -66,6 +68,9 @@ class MediaDocuments(ABC):
         if len(documents) == 0:
             raise ArgumentValueError(message(type(self).__name__, "documents", "none", "one or more"))
         self._name, self._tokenizer, self._documents, self._media = name, tokenizer, documents, media
+        self._fingerprint = fingerprint_of(documents)
+        if isinstance(documents, ConvertedRecords):
+            self._fingerprint = texts_digest([self._fingerprint, *map(str, _sizes(documents, media))])
 
     @property
     def name(self) -> str:
@@ -77,11 +82,20 @@ class MediaDocuments(ABC):
         """True."""
         return True
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the file that the documents are read from, see `files_digest`, and of the sizes of the media of a thousand
+        of them, evenly spread; "" of documents in memory.
+        """
+        return self._fingerprint
+
     def __len__(self) -> int:
         return len(self._documents)
 
     def sample(self, index: int, epoch: int) -> Sample:
         """Document `index` in pass `epoch`. Of its media only headers are read, a video's packets once.
+
+        Lines and headers are checked here, when they are read, and not before; none is skipped.
 
         Raises:
             TypeError, ValueError: an index outside [0, len), a negative epoch, a faulty line, a file of it that is
@@ -176,7 +190,12 @@ class ImageTextPairs(MediaDocuments):
             accepted = f"pictures that end in {', '.join(_IMAGE_SUFFIXES)}"
             raise ArgumentValueError(message("ImageTextPairs", "folder", f"none in {str(folder)!r}", accepted))
         pairs = [Captioned(media=picture.as_posix(), text=_caption(root / picture)) for picture in pictures]
-        return cls(name, tokenizer, pairs, folder=folder, limits=limits, augmentation=augmentation, seed=seed)
+        source = cls(name, tokenizer, pairs, folder=folder, limits=limits, augmentation=augmentation, seed=seed)
+        sizes = [source._media.file_size(pair.media) for pair in pairs]
+        source._fingerprint = texts_digest(
+            f"{pair.media}\0{size}\0{pair.text}" for pair, size in zip(pairs, sizes, strict=True)
+        )
+        return source
 
     def _parts(self, item: Captioned, index: int, epoch: int) -> list[str | GivenText | Clip]:
         if self._augmentation is None:
@@ -262,7 +281,7 @@ class Interleaved(MediaDocuments):
 
         Paths begin at `folder`, the file's own unless given.
         """
-        documents = ConvertedRecords(JsonRecords(file), partial(read_parts, field=field))
+        documents = ConvertedRecords(JsonRecords(file), partial(_document_parts, field=field))
         return cls(name, tokenizer, documents, folder=_folder_of(file, folder), limits=limits)
 
     def _parts(self, item: Sequence[DocumentPart], index: int, epoch: int) -> list[str | GivenText | Clip]:
@@ -290,8 +309,29 @@ def _captioned(file: str | os.PathLike[str], media_field: str, text_field: str) 
 
 
 def _pair(record: dict[str, Any], where: str, *, media_field: str, text_field: str) -> Captioned:
+    refuse_media(record, where, "document", but=media_field)
     media, text = read_text(record, where, media_field), read_text(record, where, text_field)
     return Captioned(media=media, text=text)
+
+
+def _document_parts(record: dict[str, Any], where: str, *, field: str) -> list[DocumentPart]:
+    refuse_media(record, where, "document", but=field)
+    return read_parts(record, where, field)
+
+
+def _sizes(documents: ConvertedRecords[Any], media: MediaFiles) -> Iterator[int | None]:
+    """Bytes of the media of documents that are evenly spread. A faulty line has none: `sample` says what is wrong."""
+    for index in spread(len(documents)):
+        try:
+            item = documents[index]
+        except FileFormatError:
+            continue
+        references = (
+            [item.media]
+            if isinstance(item, Captioned)
+            else [part.path for part in item if isinstance(part, (ImageFile, VideoFile))]
+        )
+        yield from map(media.file_size, references)
 
 
 def _caption(picture: Path) -> str:

@@ -3,17 +3,19 @@
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 from k25sys.data.sources.document import GivenText
+from k25sys.data.sources.fingerprint import files_digest
 from k25sys.errors import FileFormatError, message
 
 T = TypeVar("T")
 _SHOWN = 60  # characters of a faulty value in an error
+_MEDIA_FIELDS = ("image", "images", "video", "videos")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,12 @@ DocumentPart = str | GivenText | ImageFile | VideoFile
 class JsonRecords:
     """The objects of a JSON Lines file. Blank lines are passed over; the positions of the others are held in memory.
 
+    Whether a line is an object is seen when it is asked for, not before.
+
+    Attributes:
+        path: the file.
+        fingerprint: of its content, see `files_digest`.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: it has no lines.
@@ -54,6 +62,7 @@ class JsonRecords:
         self._size = start
         if not self._starts:
             raise FileFormatError(message("JsonRecords", repr(str(self.path)), "no lines", "one JSON object a line"))
+        self.fingerprint = files_digest([self.path])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -82,6 +91,11 @@ class ConvertedRecords(Sequence[T], Generic[T]):
 
     def __init__(self, records: JsonRecords, convert: Callable[[dict[str, Any], str], T]) -> None:
         self.records, self._convert = records, convert
+
+    @property
+    def fingerprint(self) -> str:
+        """The file's."""
+        return self.records.fingerprint
 
     def __len__(self) -> int:
         return len(self.records)
@@ -128,6 +142,35 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(message("document", where, _shown(value), "a JSON object"))
     return value
+
+
+def first_record(file: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """The object of the first line of a JSON Lines file that is not blank, and its file:line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has no lines, or this one is no object.
+    """
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                where = f"{os.fspath(file)}:{number}"
+                return parse_object(line, where), where
+    raise FileFormatError(message("JsonRecords", repr(os.fspath(file)), "no lines", "one JSON object a line"))
+
+
+def media_fields(record: Mapping[str, Any]) -> list[str]:
+    """Those of its fields that name pictures or videos. What is null or empty names none."""
+    return [field for field in _MEDIA_FIELDS if record.get(field) not in (None, "", [])]
+
+
+def refuse_media(record: Mapping[str, Any], where: str, reader: str, *, but: str) -> None:
+    """Raises ValueError where the record names media in another field than `but`: `reader` would pass them over."""
+    found = [field for field in media_fields(record) if field != but]
+    if found:
+        hint = "a file has records of one kind: {image, text}, {video, text}, {parts} or {text}"
+        accepted = f"{but!r} and none that names pictures or videos besides"
+        raise FileFormatError(message(reader, where, f"the field {', '.join(map(repr, found))}", accepted, hint))
 
 
 def read_text(record: dict[str, Any], where: str, field: str) -> str:

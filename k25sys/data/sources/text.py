@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from k25sys.data.sample import Sample, check_position
+from k25sys.data.sample import Sample, check_position, fingerprint_of
 from k25sys.data.sources.document import GivenText, document
-from k25sys.data.sources.records import ConvertedRecords, JsonRecords, read_parts
+from k25sys.data.sources.fingerprint import files_digest
+from k25sys.data.sources.records import ConvertedRecords, JsonRecords, read_parts, refuse_media
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import ArgumentValueError, FileFormatError, listing, message
 
@@ -44,6 +45,11 @@ class TextDocuments:
         """False."""
         return False
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the files that the texts are read from, see `files_digest`; "" of texts in memory."""
+        return fingerprint_of(self._documents)
+
     def __len__(self) -> int:
         return len(self._documents)
 
@@ -72,7 +78,8 @@ class TextFiles(TextDocuments):
         files: their paths, in the order of the documents.
 
     Raises:
-        ValueError: no files.
+        OSError: a file is missing or cannot be read.
+        ValueError: no files. What is wrong with a text is said by `sample`.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, files: Iterable[str | os.PathLike[str]]) -> None:
@@ -102,10 +109,12 @@ class JsonLines(TextDocuments):
         name: unique within a mixture.
         tokenizer: writes the texts.
         file: path. Only the places of its lines are held in memory.
-        field: of the text or the list; other fields are passed over.
+        field: of the text or the list. Other fields are passed over, but for those that name pictures or videos: a
+            line with one of them is faulty, since it would be learnt without what it shows.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or has no lines. What is wrong with a line is said by `sample`.
+        OSError, ValueError: the file cannot be read, or has no lines. What is wrong with a line is said by `sample`:
+            lines are checked when they are read, and none is skipped.
     """
 
     def __init__(self, name: str, tokenizer: Tokenizer, file: str | os.PathLike[str], *, field: str = "text") -> None:
@@ -117,6 +126,7 @@ class _FileTexts(Sequence[str]):
 
     def __init__(self, files: list[str]) -> None:
         self._files = files
+        self.fingerprint = files_digest(files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -136,9 +146,10 @@ class _FileTexts(Sequence[str]):
 
 
 def _text_parts(record: dict[str, Any], where: str, *, field: str) -> list[str | GivenText]:
+    refuse_media(record, where, "JsonLines", but=field)
     parts = read_parts(record, where, field)
     texts = [part for part in parts if isinstance(part, (str, GivenText))]
     if len(texts) < len(parts):
-        hint = "Interleaved reads text with media"
+        hint = 'Interleaved reads text with media, {"parts": [...]}'
         raise FileFormatError(message("JsonLines", where, "a part with a picture or a video", "only texts", hint))
     return texts

@@ -18,6 +18,7 @@ import numpy as np
 from k25sys.data.augmentation import Augmentation, plan_for_text
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
 from k25sys.data.sources.document import Clip, GivenText
+from k25sys.data.sources.fingerprint import files_digest
 from k25sys.data.sources.media import MediaFiles
 from k25sys.data.sources.pairs import Captioned, MediaDocuments
 from k25sys.data.sources.records import parse_object, read_text
@@ -82,6 +83,16 @@ class WebDataset(MediaDocuments):
         return [self._media.image(item.media, changes), text]
 
 
+def caption_suffix(shard: str | os.PathLike[str]) -> str:
+    """What `text_suffix` is to be: json where the first document has no txt but a json; else txt.
+
+    Raises:
+        OSError, ValueError: as `WebDataset`, of the first of the shards that {a..b} stands for.
+    """
+    _, members = next(_groups(next(_expanded(os.fspath(shard)))), ("", {}))
+    return "json" if "json" in members and "txt" not in members else "txt"
+
+
 class _ShardDocuments(Sequence[Captioned]):
     """What the members' places say, 40 bytes a document; captions are read when asked for."""
 
@@ -93,6 +104,7 @@ class _ShardDocuments(Sequence[Captioned]):
                 image = _only(path, key, members, image_suffixes, "picture")
                 rows.append((number, *image, *_only(path, key, members, (text_suffix,), "caption")))
         self._rows = np.array(rows, np.int64).reshape(-1, 5)
+        self.fingerprint = files_digest(paths)
 
     def __len__(self) -> int:
         return len(self._rows)
