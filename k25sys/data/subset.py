@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from k25sys.data.sample import Sample, Source, check_position
+from k25sys.data.sample import Sample, Source, check_position, fingerprint_of
 from k25sys.errors import ArgumentValueError, message
 
 
@@ -34,6 +34,11 @@ class Subset:
     def has_media(self) -> bool:
         """The source's."""
         return self._source.has_media
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's."""
+        return fingerprint_of(self._source)
 
     def __len__(self) -> int:
         return self._length

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from k25sys.data import MixedSource, Mixture, Tokenizer
-from k25sys.recipes.corpus import corpus_of
+from k25sys.errors import ConfigError, listing, message
+from k25sys.recipes.corpus import CORPUS_TEXTS, corpus_of
 from k25sys.recipes.recipe import Recipe, base_config
 from k25sys.training.config import DataOptions, RunConfig
 
@@ -41,7 +42,13 @@ def projector_config(preset_name: str) -> RunConfig:
 
 def mixture(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> Mixture:
     """Documents with media alone; text of theirs is what is learned from."""
-    return Mixture([MixedSource(source, weight) for source, weight in corpus_of(run, tokenizer) if source.has_media])
+    found = corpus_of(run, tokenizer)
+    text = [source.name for source, _ in found if not source.has_media and source.name not in CORPUS_TEXTS]
+    if text:
+        raise ConfigError(
+            message("run", "data.files", f"text alone in {listing(text)}", "files with pictures or videos")
+        )
+    return Mixture([MixedSource(source, weight) for source, weight in found if source.has_media])
 
 
 RECIPE = Recipe(

@@ -139,7 +139,7 @@ class DataOptions:
     tokenizer: str | None = None
     """A tiktoken.model; None: bytes, for models of their vocabulary."""
     files: tuple[str, ...] = ()
-    """Text, code, JSONL or conversations to read in place of the sample corpus."""
+    """To read in place of the sample corpus's text, or of sft's conversations: see sources_of_files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,20 +7,24 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from k25sys.data import MixedSource, Mixture, Source, TokenStream, sample_file
+from k25sys.data import MixedSource, Mixture, Source, TokenStream, hold_out, sample_file
 from k25sys.data.augmentation import Augmentation
 from k25sys.data.corpus import sample_corpus
 from k25sys.data.drawn import DRAWN_KINDS
+from k25sys.data.sample import fingerprint_of
 from k25sys.data.sources import ImageTextPairs, Interleaved, JsonLines, TextFiles, VideoText, WebDataset
 from k25sys.data.trajectories import ConversationSource
-from k25sys.errors import ArgumentValueError, DataError, FileFormatError
-from k25sys.recipes.corpus import sources_of_files
+from k25sys.errors import ArgumentValueError, ConfigError, DataError, FileFormatError
+from k25sys.recipes import find_recipe
+from k25sys.recipes.corpus import CORPUS_TEXTS, sources_of_files
+from k25sys.training.config import DataOptions
 from tests.data.source_digest import BYTES, learnt
 
 PATCHES = 16
@@ -226,3 +230,36 @@ def test_a_run_is_not_resumed_on_a_changed_file(tmp_path: Path) -> None:
     assert "fingerprint of source 'photographs-2': got" in second.stderr
     assert "its files changed" in second.stderr
     assert len(second.stderr.splitlines()) == 1
+
+
+def names(files: Sequence[str], recipe: str) -> set[str]:
+    run = replace(find_recipe(recipe).config("tiny"), data=DataOptions(files=tuple(files)))
+    return {source.name for source in find_recipe(recipe).mixture(run, BYTES, Path("unused")).sources}
+
+
+def test_files_take_the_place_of_what_is_like_them(media: Path, tmp_path: Path) -> None:
+    text = write_lines(tmp_path / "words.jsonl", *[{"text": f"{number} and more"} for number in range(30)])
+    pairs = write_lines(media / "seen.jsonl", {"image": "a.png", "text": "one"})
+    assert {"words", "photographs", "drawn-shapes"} <= names([text], "pretrain")
+    assert not names([text], "pretrain") & set(CORPUS_TEXTS)
+    assert names([pairs], "pretrain") == {"seen", *CORPUS_TEXTS}
+    assert names([pairs, text], "pretrain") == {"seen", "words"}
+    assert names([pairs], "vit") == {"seen"}
+    with pytest.raises(
+        ConfigError, match="data.files: got text alone in words, accepted files with pictures or videos"
+    ):
+        names([text], "vit")
+
+
+def test_what_was_held_out_keeps_its_fingerprint(tmp_path: Path) -> None:
+    text = write_lines(tmp_path / "words.jsonl", *[{"text": f"{number} and more"} for number in range(30)])
+    (source,) = opened(text)
+    trained, held_out = hold_out(source)
+    assert fingerprint_of(trained) == fingerprint_of(held_out) == fingerprint_of(source) != ""
+
+
+def test_media_beside_a_conversation_are_refused(tmp_path: Path) -> None:
+    (source,) = opened(write_lines(tmp_path / "chat.jsonl", CHAT, {**CHAT, "images": ["a.png"]}))
+    source.sample(0, 0)
+    with pytest.raises(FileFormatError, match="the field 'images'"):
+        source.sample(1, 0)

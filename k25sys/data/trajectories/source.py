@@ -10,7 +10,7 @@ import numpy as np
 
 from k25sys.data.chat import AssistantTurn, SystemTurn, ToolCall, ToolTurn, Turn, UserTurn, render_chat
 from k25sys.data.sample import Sample, check_position
-from k25sys.data.sources.records import ConvertedRecords, JsonRecords, place
+from k25sys.data.sources.records import ConvertedRecords, JsonRecords, place, refuse_media
 from k25sys.data.sources.text import TextDocuments
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.data.trajectories.generate import write_conversations
@@ -94,7 +94,8 @@ def generated_conversations(
 
 
 def _conversation(record: dict[str, Any], where: str) -> tuple[list[Turn], Any]:
-    """Turns and tools of a line. Raises FileFormatError for what is no conversation."""
+    """Turns and tools of a line. Raises FileFormatError for what is no conversation, or has media beside it."""
+    refuse_media(record, where, "ConversationSource", but="messages")
     try:
         return _turns(record), _tools(record)
     except ValueError as error:
