@@ -245,9 +245,7 @@ def test_files_take_the_place_of_what_is_like_them(media: Path, tmp_path: Path) 
     assert names([pairs], "pretrain") == {"seen", *CORPUS_TEXTS}
     assert names([pairs, text], "pretrain") == {"seen", "words"}
     assert names([pairs], "vit") == {"seen"}
-    with pytest.raises(
-        ConfigError, match="data.files: got text alone in words, accepted files with pictures or videos"
-    ):
+    with pytest.raises(ConfigError, match="got text alone in words, accepted files with pictures or videos"):
         names([text], "vit")
 
 
