@@ -145,6 +145,8 @@ def test_a_run_that_is_killed_is_bitwise_the_whole_one(recipe: str, ranks: int, 
             run.kill()
         assert losses(killed) == expected[: len(losses(killed))]
     _check(recipe, killed, whole, expected, ranks)
+    assert during_saves > 0
+    assert len(set(steps_at_kills)) > 3
     print(
         f"\n{recipe} on {ranks}: {KILLS} kills in {rounds} rounds, {during_saves} of them during a save, after steps "
         f"{sorted(steps_at_kills)}: bitwise"
