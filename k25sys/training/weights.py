@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from k25sys.checkpoint import distributed
+from k25sys.checkpoint.config_files import CONFIG
 from k25sys.checkpoint.distributed import INDEX
 from k25sys.checkpoint.reshard import Piece
 from k25sys.checkpoint.safetensors import DTYPES, read_json
@@ -20,6 +21,7 @@ from k25sys.models.presets import preset
 from k25sys.optim import ZeroOptimizer
 from k25sys.parallel import GridSizes, RankGrid
 from k25sys.training.parallelize import ParallelModel
+from k25sys.training.released import fill_released, released_names
 from k25sys.training.sharding_plan import plan
 
 PARTS = ("language_model", "vision_tower", "mm_projector")
@@ -74,7 +76,8 @@ def load_weights(
 
     Args:
         start_from: FOLDER, or FOLDER:PATTERN for the weights whose released names match it (shell kind); where two have
-            a weight, the later one's counts. FOLDER may be a run's: its newest checkpoint then.
+            a weight, the later one's counts. FOLDER may be a run's: its newest checkpoint then; or one in a released
+            layout, as K2.5's.
 
     Returns:
         The parts of the model, as "vision_tower", that none of them has: they stay as they are.
@@ -109,7 +112,10 @@ def load_weights(
         if name not in trained:
             want(name, parameter.detach())
     for entry, pieces in zip(entries, wanted, strict=True):
-        distributed.load(entry.folder, grid, pieces, partly=len(entries) > 1 or entry.pattern != "*")
+        if is_run_checkpoint(entry.folder):
+            distributed.load(entry.folder, grid, pieces, partly=len(entries) > 1 or entry.pattern != "*")
+        else:
+            fill_released(entry.folder, grid, pieces)
     for target, loaded in filled:
         target.copy_(loaded)
     optimizer.publish()
@@ -134,7 +140,10 @@ class _Entry:
     def read(cls, text: str) -> "_Entry":
         path, _, pattern = text.rpartition(":") if ":" in text else (text, "", "*")
         folder = checkpoint_folder(path)
-        stored = _stored(folder)
+        if is_run_checkpoint(folder) or not (folder / CONFIG).is_file():
+            stored = _stored(folder)
+        else:
+            stored = dict.fromkeys(released_names(folder), ("parameter", torch.float32))
         chosen = {name: value for name, value in stored.items() if fnmatchcase(name, pattern)}
         if not chosen:
             raise CheckpointError(f"{folder}: no weight matches {pattern!r}; it has {listing(sorted(stored), most=3)}")

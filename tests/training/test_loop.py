@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from k25sys.checkpoint import load_hf, save_hf
 from k25sys.errors import CheckpointError, ConfigError, DivergenceError, GridError
+from k25sys.models import KimiK25
 from k25sys.models.presets import preset
 from k25sys.parallel import RankGrid
 from k25sys.training import checkpointing
@@ -283,6 +285,42 @@ def test_parts_of_a_model_begin_from_several_runs(
         train(tmp_path / "a", f"checkpoint.start_from={whole[0]}:vision.*")
     with pytest.raises(CheckpointError, match="has weights of language_model, but no language_model"):
         train(tmp_path / "b", f"checkpoint.start_from={whole[0]}:*norm*")
+
+
+@pytest.mark.parametrize("settings", [(), ("grid.expert=2", "grid.data=2"), ("grid.tensor=2", "grid.expert_tensor=2")])
+def test_weights_in_a_released_layout_begin_a_run(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    config = preset("tiny")
+    for folder, layout, seed in (("released", "released", 5), ("hf", "transformers", 6)):
+        model = KimiK25(config)
+        model.reset_parameters(torch.Generator().manual_seed(seed))
+        for name, parameter in model.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+        save_hf(model, tmp_path / folder, layout=layout)
+    config = replace(config, text=replace(config.text, vocab_size=config.text.vocab_size * 2))
+    save_hf(KimiK25(config), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"other: language_model\..* of shape \(.*, this model's has \("):
+        make_trainer(tmp_path / "refused", f"checkpoint.start_from={tmp_path / 'other'}").run()
+    if settings:
+        run_ranks(2, _check_released, str(tmp_path), settings)
+    else:
+        _check_released(str(tmp_path), settings)
+
+
+def _check_released(folder: str, settings: tuple[str, ...]) -> None:
+    """The language model of one folder, the rest of another, saved by a run that changes nothing."""
+    start = f"checkpoint.start_from={folder}/hf,{folder}/released:language_model.*"
+    trainer = make_trainer(f"{folder}/run", "steps=1", "optimizer.learning_rate=0", "optimizer.balance_rate=0",
+                           "optimizer.final_learning_rate=0", "optimizer.max_logit=null", start, *settings)  # fmt: skip
+    trainer.run()
+    if trainer.grid.rank == 0:
+        found = load_model(checkpoint_folder(f"{folder}/run")).state_dict()
+        for part, name in (("language_model.", "released"), ("", "hf")):
+            model = KimiK25(preset("tiny"))
+            load_hf(model, f"{folder}/{name}")
+            for key, value in model.state_dict().items():
+                if part == "language_model." or not key.startswith("language_model."):
+                    assert not key.startswith(part) or torch.equal(found[key], value), key
 
 
 def test_a_folder_means_its_newest_checkpoint(whole: tuple[Path, dict[str, torch.Tensor]]) -> None:
