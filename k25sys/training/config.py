@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from k25sys.errors import ConfigError, GridError, message
 from k25sys.parallel.grid import GridSizes
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp64")
 VISION_MODES = ("stage0", "dep")
 PROJECTORS = ("encoder", "stage0")
 _LEAST = {
@@ -188,6 +188,8 @@ class RunConfig:
     steps: int = 60
     seed: int = 0
     precision: str = "fp32"
+    """Of parameters and arithmetic; bf16 has fp32 masters. fp64 is for comparing grids: what order of sums changes stays
+    too small to make a router choose otherwise."""
     grid: GridOptions = field(default_factory=GridOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     parallelism: ParallelismOptions = field(default_factory=ParallelismOptions)

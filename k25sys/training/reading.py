@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from k25sys.data import Loader, PackedSequence
 from k25sys.training.batches import BatchMaker, StepBatch
 
@@ -11,10 +13,15 @@ _Read = tuple[list[PackedSequence], dict[str, dict[str, Any]]]
 
 
 class SourceThread(ThreadPoolExecutor):
-    """The one thread in which a run reads its sources: documents, unless workers do, and pixels."""
+    """The one thread in which a run reads its sources: documents, unless workers do, and pixels.
+
+    torch's operators run on that thread alone there: a second team of OpenMP's would make more threads than processors,
+    and libgomp then puts threads to sleep at the end of every parallel region, in the training step too.
+    """
 
     def __init__(self) -> None:
-        super().__init__(max_workers=1, thread_name_prefix="sources")
+        torch.get_num_threads()  # fixes this thread's number, which the other's would be taken for
+        super().__init__(1, thread_name_prefix="sources", initializer=torch.set_num_threads, initargs=(1,))
 
 
 class StepReader:

@@ -29,7 +29,7 @@ from k25sys.training.pixels import PixelCache
 from k25sys.training.reading import SourceThread, StepReader
 from k25sys.training.step import TrainStep
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,16 @@ def test_pixels_are_decoded_once_while_there_is_room() -> None:
     assert alone.get(item(5)) is alone.get(item(5))
 
 
+def test_sources_are_read_by_one_thread_of_torchs_too() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert SourceThread().submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_decoding_ahead_takes_half_of_the_room() -> None:
     source = Counting()
     cache = cache_of(source, room=4)

@@ -356,7 +356,7 @@ def test_a_profile_has_a_range_for_each_action(tmp_path: Path) -> None:
         ("seed=a", ConfigError, "seed: got 'a', accepted a value of type int"),
         ("checkpoint.asynchronous=1", ConfigError, "accepted a value of type bool"),
         ("vision.mode=both", ConfigError, "vision.mode: got 'both', accepted stage0, dep"),
-        ("precision=fp8", ConfigError, "precision: got 'fp8', accepted fp32, bf16"),
+        ("precision=fp8", ConfigError, "precision: got 'fp8', accepted fp32, bf16, fp64"),
         ("steps=0", ConfigError, "steps: got 0, accepted an int >= 1"),
         ("grid.tensor=0", ConfigError, "grid.tensor: got 0, accepted an int >= 1"),
         ("pipeline.microbatches=0", ConfigError, "pipeline.microbatches: got 0, accepted an int >= 1"),
