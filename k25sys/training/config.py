@@ -188,8 +188,8 @@ class RunConfig:
     steps: int = 60
     seed: int = 0
     precision: str = "fp32"
-    """Of parameters and arithmetic; bf16 has fp32 masters. fp64 is for comparing grids: what order of sums changes stays
-    too small to make a router choose otherwise."""
+    """Of parameters and arithmetic; bf16 has fp32 masters. fp64 is for comparing grids: what the order of sums changes
+    is too little then to make a router choose otherwise."""
     grid: GridOptions = field(default_factory=GridOptions)
     pipeline: PipelineOptions = field(default_factory=PipelineOptions)
     parallelism: ParallelismOptions = field(default_factory=ParallelismOptions)
