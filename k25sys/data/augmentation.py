@@ -210,7 +210,7 @@ def plan_for_text(
     settings: Augmentation, size: tuple[int, int], text: str, *, seed: int, index: int, epoch: int,
     can_crop: bool = True, has_writing: bool = False,
 ) -> tuple[AugmentationPlan, str]:  # fmt: skip
-    """A plan under which what `text` says of the picture stays true, and the text, its boxes and points moved along.
+    """A plan under which `text` stays true, as far as the arguments tell, and the text with its boxes and points moved.
 
     Args:
         settings, size, seed, index, epoch: as in `plan_augmentation`.
@@ -220,9 +220,9 @@ def plan_for_text(
         has_writing: nothing is cropped, mirrored or made smaller.
     """
     height, width = size
-    points = (Box(floor(p.x), floor(p.y), floor(p.x) + 1, floor(p.y) + 1) for p in read_points(text, size))
-    marks = [*read_boxes(text, size), *(point.clipped(Box(0, 0, width, height)) for point in points)]
-    keep = [mark for mark in marks if mark.area > 0] if can_crop and not has_writing else [Box(0, 0, width, height)]
+    pixels = [(min(floor(p.x), width - 1), min(floor(p.y), height - 1)) for p in read_points(text, size)]
+    marks = [*read_boxes(text, size), *(Box(x, y, x + 1, y + 1) for x, y in pixels)]
+    keep = marks if can_crop and not has_writing else [Box(0, 0, width, height)]
     plan = plan_augmentation(
         settings, size, seed=seed, index=index, epoch=epoch, keep=keep, can_shrink=not has_writing,
         can_flip=not has_writing and not mentions_sides(text),

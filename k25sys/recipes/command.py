@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer, check_special_tokens
-from k25sys.errors import ConfigError
+from k25sys.errors import ConfigError, RankFailureError
 from k25sys.models import KimiK25, KimiK25Config
 from k25sys.parallel import RankGrid
 from k25sys.parallel.faults import Monitor
@@ -86,8 +86,18 @@ def _in_turn(grid: RankGrid, make: Callable[[], Mixture]) -> Mixture:
         return make()
     waiting = dist.new_group(backend="gloo", timeout=_PATIENCE, group_desc="data that rank 0 makes")
     assert isinstance(waiting, dist.ProcessGroup)
-    made = make() if grid.rank == 0 else None
-    dist.barrier(group=waiting)
+    made, fault = None, None
+    if grid.rank == 0:
+        try:
+            made = make()
+        except Exception as error:
+            fault = error
+    told: list[str | None] = [None if fault is None else f"{type(fault).__name__}: {fault}"]
+    dist.broadcast_object_list(told, src=0, group=waiting)
+    if fault is not None:
+        raise fault
+    if told[0] is not None:
+        raise RankFailureError(f"on rank 0: {told[0]}")
     return make() if made is None else made
 
 

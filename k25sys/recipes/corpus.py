@@ -69,13 +69,14 @@ def _max_patches(run: RunConfig) -> int:
 
 
 def _files(run: RunConfig, tokenizer: Tokenizer) -> list[Source]:
+    augmentation = Augmentation() if run.data.augment else None
     return sources_of_files(
-        run.data.files, tokenizer, max_patches=_max_patches(run), augmentation=Augmentation(), seed=run.seed
+        run.data.files, tokenizer, max_patches=_max_patches(run), augmentation=augmentation, seed=run.seed
     )
 
 
 def sources_of_files(
-    files: Sequence[str], tokenizer: Tokenizer, *, max_patches: int, augmentation: Augmentation, seed: int
+    files: Sequence[str], tokenizer: Tokenizer, *, max_patches: int, augmentation: Augmentation | None, seed: int
 ) -> list[Source]:
     """The user's files by what is in them, see `open_files`, under other names than those of the corpus."""
     corpus = (*CORPUS_TEXTS, "photographs", "picture-stories", "digits", "videos")

@@ -44,7 +44,7 @@ class Curve:
 
     @property
     def final(self) -> Mapping[str, float]:
-        """At the end."""
+        """The last that were measured."""
         return self.losses[max(self.losses)]
 
     def text_around(self, inject_step: float) -> tuple[float, float, float]:

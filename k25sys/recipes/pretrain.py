@@ -1,8 +1,11 @@
 """Joint pre-training: text and vision from the first token on, at a constant ratio (K2.5 report, sections 2.1 and 4.3).
 
 The winning ratio of the report's ablation is 10% vision, from the start: --set data.vision_budget, data.inject.
-From other runs, as one of text and one of the projector: --set checkpoint.start_from=TEXT,VIT:vision_tower.*. Parts
-of the model that none of them has begin from the seed, which is said.
+From other runs, as one of text, and one of the encoder with its projector:
+
+    --set checkpoint.start_from=TEXT,VIT:vision_tower.*,VIT:mm_projector.*
+
+Parts of the model that none of them has begin from the seed, which is said.
 """
 
 from dataclasses import replace

@@ -139,7 +139,9 @@ class DataOptions:
     tokenizer: str | None = None
     """A tiktoken.model; None: bytes, for models of their vocabulary."""
     files: tuple[str, ...] = ()
-    """To read in place of the sample corpus's text, or of sft's conversations: see sources_of_files."""
+    """To read in place of what is like them in the sample corpus, or of sft's conversations: see sources_of_files."""
+    augment: bool = False
+    """Pictures of `files` are cropped, mirrored and scaled, as far as `plan_for_text` sees their captions stay true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ class RunConfig:
 
 
 def override(config: C, assignments: Sequence[str]) -> C:
-    """`config` with fields set by path: "grid.pipeline=2", "validation.every=null", "optimizer.train=a*,b*".
+    """`config` with fields set by path: "grid.pipeline=2", "validation.every=null", "optimizer.frozen=a*,b*".
 
     Raises:
         ConfigError: no "=", an unknown path (with the nearest one), a value of another type, or the recipe or preset.
@@ -235,7 +237,9 @@ def override(config: C, assignments: Sequence[str]) -> C:
         if path not in (known := _paths(config)):
             near = get_close_matches(path, known, n=1) or [p for p in known if p.endswith(f".{path}")]
             hint = f"did you mean {near[0]}?" if near else ""
-            raise ConfigError(message("run", "--set", path, f"one of {', '.join(known)}", hint))
+            raise ConfigError(
+                message("run", "--set", path, f"one of {', '.join(each for each in known if each not in _NAMED)}", hint)
+            )
         config = _with(config, path, path.split("."), text)
     return config
 

@@ -69,9 +69,8 @@ class Trainer:
         if config.report.profile_step is not None and config.report.profile_step > config.steps:
             raise ConfigError(message("run", "report.profile_step", config.report.profile_step, f"1 to {config.steps}"))
         if config.validation.every is not None and not validation:
-            raise ConfigError(
-                message("run", "validation.every", config.validation.every, f"null: {config.recipe} holds nothing out")
-            )
+            accepted = f"null: {config.recipe} holds nothing out, or its files have too few documents"
+            raise ConfigError(message("run", "validation.every", config.validation.every, accepted))
         self.config, self.grid, self.output = config, grid, Path(output)
         self._recorder = None if config.report.profile_step is None else ProfiledRecorder()
         self.parts: Parts = build(
@@ -89,8 +88,8 @@ class Trainer:
 
         A SIGTERM, or a first SIGINT, ends it after the step that it comes in, saved. A save that fails is reported in a
         line, and the next one tried when it is due; only that of the last step must not fail. Steps whose gradients are
-        not finite update nothing and are passed over. Activations that are not finite end the run before the update:
-        weights are at fault then, and the last checkpoint is what remains.
+        not finite update nothing and are passed over. An op that refuses what is not finite, as the router does on the
+        CPU, ends the run before the update.
 
         Args:
             resume: goes on from the newest intact checkpoint, or from the start where there is none.
@@ -223,7 +222,7 @@ class Trainer:
         return stopping
 
     def validate(self) -> dict[str, float]:
-        """The mean loss of each kind of held-out documents. Collective over the grid."""
+        """The mean loss of each kind of held-out documents. Collective over the grid. Not after `run`."""
         losses: dict[str, float] = {}
         for name, batches in self.parts.validation.items():
             total, loss_tokens = 0.0, 0

@@ -20,8 +20,10 @@ class SourceThread(ThreadPoolExecutor):
     """
 
     def __init__(self) -> None:
-        torch.get_num_threads()  # fixes this thread's number, which the other's would be taken for
+        number = torch.get_num_threads()
         super().__init__(1, thread_name_prefix="sources", initializer=torch.set_num_threads, initargs=(1,))
+        self.submit(torch.get_num_threads).result()
+        torch.set_num_threads(number)  # what threads that are yet to come take over, and the one above has changed
 
 
 class StepReader:

@@ -33,8 +33,8 @@ def fill_released(folder: Path, grid: RankGrid, pieces: Sequence[Piece]) -> None
     """Fills float32 tensors of `pieces`; of each file a rank reads what it has a part of, tensor by tensor.
 
     Raises:
-        CheckpointError: a file is missing, truncated or altered, or tensors are not those of its config.json, or not of
-            the pieces' shapes. Nothing is filled then.
+        CheckpointError: a file is missing or truncated, tensors are not those of its config.json or not of the pieces'
+            shapes; on rank 0, a file is not what the folder's manifest says, where it has one.
     """
     config = read_config(folder)
     layouts = plan(config, GridSizes())

@@ -62,7 +62,7 @@ def build(
     """All of it, with the weights that the seed gives. Collective over the grid.
 
     Args:
-        validation: by kind, what is held out; read once, in order, where config.validation.every asks for it.
+        validation: by kind, what is held out; its first batches are read once, where config.validation.every asks.
 
     Raises:
         ConfigError, GridError, ScheduleError: sizes that do not fit each other; says which.

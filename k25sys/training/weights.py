@@ -1,13 +1,15 @@
 """Weights out of a run's checkpoint: into another run, whatever its grid, or into one plain model."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from k25sys.checkpoint import distributed
 from k25sys.checkpoint.config_files import CONFIG
@@ -15,7 +17,7 @@ from k25sys.checkpoint.distributed import INDEX
 from k25sys.checkpoint.reshard import Piece
 from k25sys.checkpoint.safetensors import DTYPES, read_json
 from k25sys.checkpoint.store import LATEST
-from k25sys.errors import CheckpointError, listing
+from k25sys.errors import CheckpointError, RankFailureError, listing
 from k25sys.models import KimiK25
 from k25sys.models.presets import preset
 from k25sys.optim import ZeroOptimizer
@@ -75,9 +77,9 @@ def load_weights(
     """Weights of other runs into this one's parameters and masters; its moments stay as they are. Collective.
 
     Args:
-        start_from: FOLDER, or FOLDER:PATTERN for the weights whose released names match it (shell kind); where two have
-            a weight, the later one's counts. FOLDER may be a run's: its newest checkpoint then; or one in a released
-            layout, as K2.5's.
+        start_from: FOLDER, or FOLDER:PATTERN for the weights whose names in the model match it (shell kind); where two
+            have a weight, the later one's counts. FOLDER may be a run's: its newest checkpoint then. Or it is in a
+            released layout, as K2.5's.
 
     Returns:
         The parts of the model, as "vision_tower", that none of them has: they stay as they are.
@@ -86,40 +88,72 @@ def load_weights(
         CheckpointError: not intact, a pattern that matches nothing, or a part of the model of which some weights are
             missing.
     """
-    entries = [_Entry.read(each) for each in start_from]
-    wanted: list[list[Piece]] = [[] for _ in entries]
+    entries: list[_Entry] = []
+    wanted: list[list[Piece]] = []
     filled: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def want(name: str, target: torch.Tensor, begin: int = 0, end: int | None = None) -> None:
-        places = [place for place, entry in enumerate(entries) if name in entry.stored]
-        if not places:
-            having = [entry.folder for entry in entries if _part(name) in entry.parts]
-            if having:
-                raise CheckpointError(f"{having[-1]}: has weights of {_part(name)}, but no {name}")
-            return
-        key, dtype = entries[places[-1]].stored[name]
-        loaded = torch.empty(target.shape, dtype=dtype)
-        filled.append((target, loaded))
-        wanted[places[-1]].append(
-            Piece(name=name, key=key, layout=model.layouts[name], tensor=loaded, begin=begin, end=end)
-        )  # fmt: skip
-
-    for shard in optimizer.shards():
-        if shard.key == "master":
-            want(shard.name, shard.tensor, shard.begin, shard.end)
-    trained = {slot.name for bucket in optimizer.gradients.buckets for slot in bucket.slots}
-    for name, parameter in {**model.parameters, **model.router_biases}.items():
-        if name not in trained:
-            want(name, parameter.detach())
+    with _agreed(grid):
+        entries += [_Entry.read(each) for each in start_from]
+        wanted += [[] for _ in entries]
+        for name, target, begin, end in _held(model, optimizer):
+            place = _place_of(name, entries)
+            if place is not None:
+                key, dtype = entries[place].stored[name]
+                loaded = torch.empty(target.shape, dtype=dtype)
+                filled.append((target, loaded))
+                piece = Piece(name=name, key=key, layout=model.layouts[name], tensor=loaded, begin=begin, end=end)
+                wanted[place].append(piece)
+        for entry, pieces in zip(entries, wanted, strict=True):
+            if not is_run_checkpoint(entry.folder):
+                fill_released(entry.folder, grid, pieces)
     for entry, pieces in zip(entries, wanted, strict=True):
         if is_run_checkpoint(entry.folder):
             distributed.load(entry.folder, grid, pieces, partly=len(entries) > 1 or entry.pattern != "*")
-        else:
-            fill_released(entry.folder, grid, pieces)
     for target, loaded in filled:
         target.copy_(loaded)
     optimizer.publish()
     return [part for part in PARTS if not any(part in entry.parts for entry in entries)]
+
+
+def _held(
+    model: ParallelModel, optimizer: ZeroOptimizer
+) -> Iterator[tuple[str, torch.Tensor, int, int | None]]:  # fmt: skip
+    """What this rank has of each weight, where it counts: its piece of the master, or all of its part."""
+    for shard in optimizer.shards():
+        if shard.key == "master":
+            yield shard.name, shard.tensor, shard.begin, shard.end
+    trained = {slot.name for bucket in optimizer.gradients.buckets for slot in bucket.slots}
+    for name, parameter in {**model.parameters, **model.router_biases}.items():
+        if name not in trained:
+            yield name, parameter.detach(), 0, None
+
+
+def _place_of(name: str, entries: "Sequence[_Entry]") -> int | None:
+    """The last entry that gives the weight; None where none gives any of its part of the model."""
+    places = [place for place, entry in enumerate(entries) if name in entry.stored]
+    having = [entry.folder for entry in entries if _part(name) in entry.parts]
+    if having and not places:
+        raise CheckpointError(f"{having[-1]}: gives weights of {_part(name)}, but no {name}")
+    return places[-1] if places else None
+
+
+@contextmanager
+def _agreed(grid: RankGrid) -> Iterator[None]:
+    """An error of one rank within is one on all: the others would wait for it in the next collective."""
+    fault: Exception | None = None
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        fault = error
+    group = grid.group("world")
+    faults: list[str | None] = [None if fault is None else str(fault)]
+    if group is not None:
+        faults *= grid.size("world")
+        dist.all_gather_object(faults, faults[0], group=group)
+    if fault is not None:
+        raise fault
+    others = [f"rank {rank}: {text}" for rank, text in enumerate(faults) if text is not None]
+    if others:
+        raise RankFailureError(f"checkpoint.start_from: {others[0]}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +172,8 @@ class _Entry:
 
     @classmethod
     def read(cls, text: str) -> "_Entry":
-        path, _, pattern = text.rpartition(":") if ":" in text else (text, "", "*")
+        is_path = ":" not in text or Path(text).exists()
+        path, _, pattern = (text, "", "*") if is_path else text.rpartition(":")
         folder = checkpoint_folder(path)
         if is_run_checkpoint(folder) or not (folder / CONFIG).is_file():
             stored = _stored(folder)

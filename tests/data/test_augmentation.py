@@ -175,6 +175,16 @@ def test_boxes_and_points_of_a_caption_go_with_their_pixels(
         assert all(abs(a - b) <= slack * 2 for a, b in zip(found, moved, strict=True))
 
 
+@pytest.mark.parametrize("point", ["(1000,500)", "(0,1000)", "(1000,1000)", "(0,0)"])
+def test_points_on_an_edge_are_kept(point: str) -> None:
+    for index in range(40):
+        plan, text = plan_for_text(Augmentation(), (100, 60), f"At {point}.", seed=1, index=index, epoch=0)
+        (given,), (moved,) = read_points(point, (100, 60)), read_points(text, plan.canvas)
+        wanted = plan.map_point(given)
+        assert wanted is not None
+        assert abs(wanted.x - moved.x) + abs(wanted.y - moved.y) < 0.3
+
+
 def test_a_caption_of_the_whole_keeps_it() -> None:
     for epoch in range(20):
         for options in ({"can_crop": False}, {"has_writing": True}):

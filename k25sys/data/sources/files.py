@@ -65,9 +65,9 @@ def open_files(
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: one is given twice, is of no kind above, or its first document is faulty, of which a picture's path
-            is the commonest case; names the file and the line. What is wrong with later ones is said when they are
-            read.
+        ValueError: one is given twice, is of no kind above, or its first document is faulty (not of plain texts), of
+            which a picture's path is the commonest case; names the file and the line. What is wrong with others is said
+            when they are read.
     """
     paths = [os.fspath(file) for file in files]
     _check_once(paths)
