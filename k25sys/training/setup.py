@@ -182,7 +182,8 @@ def _encoder(
 def _first_batches(
     config: RunConfig, model_config: KimiK25Config, mixture: Mixture, own: range
 ) -> tuple[tuple[PackedSequence, ...], ...]:
-    loader = _loader(replace(config, data=replace(config.data, workers=0)), model_config, mixture, own)
+    # The same documents for every seed, so that runs of several seeds can be compared.
+    loader = _loader(replace(config, seed=0, data=replace(config.data, workers=0)), model_config, mixture, own)
     return tuple(tuple(loader.next_step()) for _ in range(config.validation.batches))
 
 
