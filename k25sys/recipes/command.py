@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from k25sys.data import ByteTokenizer, Mixture, TiktokenTokenizer, Tokenizer, check_special_tokens
-from k25sys.errors import ConfigError, RankFailureError
+from k25sys.errors import ConfigError
 from k25sys.models import KimiK25, KimiK25Config
 from k25sys.parallel import RankGrid
+from k25sys.parallel.agreement import agreed
 from k25sys.parallel.faults import Monitor
 from k25sys.planner.plan import make_plan
 from k25sys.planner.report import table
@@ -86,18 +87,10 @@ def _in_turn(grid: RankGrid, make: Callable[[], Mixture]) -> Mixture:
         return make()
     waiting = dist.new_group(backend="gloo", timeout=_PATIENCE, group_desc="data that rank 0 makes")
     assert isinstance(waiting, dist.ProcessGroup)
-    made, fault = None, None
-    if grid.rank == 0:
-        try:
+    made = None
+    with agreed(waiting):
+        if grid.rank == 0:
             made = make()
-        except Exception as error:
-            fault = error
-    told: list[str | None] = [None if fault is None else f"{type(fault).__name__}: {fault}"]
-    dist.broadcast_object_list(told, src=0, group=waiting)
-    if fault is not None:
-        raise fault
-    if told[0] is not None:
-        raise RankFailureError(f"on rank 0: {told[0]}")
     return make() if made is None else made
 
 

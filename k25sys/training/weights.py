@@ -2,14 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from k25sys.checkpoint import distributed
 from k25sys.checkpoint.config_files import CONFIG
@@ -17,11 +15,12 @@ from k25sys.checkpoint.distributed import INDEX
 from k25sys.checkpoint.reshard import Piece
 from k25sys.checkpoint.safetensors import DTYPES, read_json
 from k25sys.checkpoint.store import LATEST
-from k25sys.errors import CheckpointError, RankFailureError, listing
+from k25sys.errors import CheckpointError, listing
 from k25sys.models import KimiK25
 from k25sys.models.presets import preset
 from k25sys.optim import ZeroOptimizer
 from k25sys.parallel import GridSizes, RankGrid
+from k25sys.parallel.agreement import agreed
 from k25sys.training.parallelize import ParallelModel
 from k25sys.training.released import fill_released, released_names
 from k25sys.training.sharding_plan import plan
@@ -86,12 +85,12 @@ def load_weights(
 
     Raises:
         CheckpointError: not intact, a pattern that matches nothing, or a part of the model of which some weights are
-            missing.
+            missing. RankFailureError: another rank found so.
     """
     entries: list[_Entry] = []
     wanted: list[list[Piece]] = []
     filled: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with _agreed(grid):
+    with agreed(grid.group("world")):
         entries += [_Entry.read(each) for each in start_from]
         wanted += [[] for _ in entries]
         for name, target, begin, end in _held(model, optimizer):
@@ -134,26 +133,6 @@ def _place_of(name: str, entries: "Sequence[_Entry]") -> int | None:
     if having and not places:
         raise CheckpointError(f"{having[-1]}: gives weights of {_part(name)}, but no {name}")
     return places[-1] if places else None
-
-
-@contextmanager
-def _agreed(grid: RankGrid) -> Iterator[None]:
-    """An error of one rank within is one on all: the others would wait for it in the next collective."""
-    fault: Exception | None = None
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        fault = error
-    group = grid.group("world")
-    faults: list[str | None] = [None if fault is None else str(fault)]
-    if group is not None:
-        faults *= grid.size("world")
-        dist.all_gather_object(faults, faults[0], group=group)
-    if fault is not None:
-        raise fault
-    others = [f"rank {rank}: {text}" for rank, text in enumerate(faults) if text is not None]
-    if others:
-        raise RankFailureError(f"checkpoint.start_from: {others[0]}")
 
 
 @dataclass(frozen=True)

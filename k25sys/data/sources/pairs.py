@@ -117,6 +117,19 @@ class MediaDocuments(ABC):
         """The document that `item` of the documents stands for."""
 
 
+def captioned_picture(
+    media: MediaFiles, item: Captioned, augmentation: Augmentation | None, *, seed: int, index: int, epoch: int
+) -> list[str | GivenText | Clip]:
+    """A picture and its caption, changed as `plan_for_text` allows; with None as they are."""
+    if augmentation is None:
+        return [media.image(item.media), item.text]
+    changes, text = plan_for_text(
+        augmentation, media.size(item.media), item.text, seed=seed, index=index, epoch=epoch, can_crop=item.can_crop,
+        has_writing=item.has_writing,
+    )  # fmt: skip
+    return [media.image(item.media, changes), text]
+
+
 class ImageTextPairs(MediaDocuments):
     """A picture, then its caption.
 
@@ -198,13 +211,7 @@ class ImageTextPairs(MediaDocuments):
         return source
 
     def _parts(self, item: Captioned, index: int, epoch: int) -> list[str | GivenText | Clip]:
-        if self._augmentation is None:
-            return [self._media.image(item.media), item.text]
-        changes, text = plan_for_text(
-            self._augmentation, self._media.size(item.media), item.text, seed=self._seed, index=index, epoch=epoch,
-            can_crop=item.can_crop, has_writing=item.has_writing,
-        )  # fmt: skip
-        return [self._media.image(item.media, changes), text]
+        return captioned_picture(self._media, item, self._augmentation, seed=self._seed, index=index, epoch=epoch)
 
 
 class VideoText(MediaDocuments):

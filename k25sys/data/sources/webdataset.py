@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from k25sys.data.augmentation import Augmentation, plan_for_text
+from k25sys.data.augmentation import Augmentation
 from k25sys.data.geometry import RELEASED_LIMITS, MediaLimits
 from k25sys.data.sources.document import Clip, GivenText
 from k25sys.data.sources.fingerprint import files_digest
 from k25sys.data.sources.media import MediaFiles
-from k25sys.data.sources.pairs import Captioned, MediaDocuments
+from k25sys.data.sources.pairs import Captioned, MediaDocuments, captioned_picture
 from k25sys.data.sources.records import parse_object, read_text
 from k25sys.data.tokenizer import Tokenizer
 from k25sys.errors import ArgumentValueError, FileFormatError, message
@@ -75,12 +75,7 @@ class WebDataset(MediaDocuments):
         self._augmentation, self._seed = augmentation, seed
 
     def _parts(self, item: Captioned, index: int, epoch: int) -> list[str | GivenText | Clip]:
-        if self._augmentation is None:
-            return [self._media.image(item.media), item.text]
-        changes, text = plan_for_text(
-            self._augmentation, self._media.size(item.media), item.text, seed=self._seed, index=index, epoch=epoch
-        )
-        return [self._media.image(item.media, changes), text]
+        return captioned_picture(self._media, item, self._augmentation, seed=self._seed, index=index, epoch=epoch)
 
 
 def caption_suffix(shard: str | os.PathLike[str]) -> str:
